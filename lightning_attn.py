@@ -1,0 +1,647 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lightning attention for JAX: linear attention with a fixed decay per head, for GPUs (Triton) and everything else (plain JAX).
+
+For one sequence and one head, with log decay g <= 0 and scale s, a state S of shape [K, V] is carried along the tokens:
+
+    S_t = e^g S_{t-1} + k_t v_t^T              o_t = s q_t S_t
+
+TransNormerLLM (arXiv:2307.14995) introduced it, Lightning Attention-2 (arXiv:2401.04658) computes it in chunks and MiniMax-01
+(arXiv:2501.08313) trained it at scale. Time is linear in the sequence length, the state is all the memory there is.
+
+This file is all there is to copy. It needs jax and numpy; on NVIDIA and AMD GPUs also `jax-triton` and `triton`.
+
+Glossary (kernels and formulas share these letters)
+    B, T          batch, tokens in a batch row            H, h      heads of the decay and of the output, one of them
+    K, V          head dims of queries/keys, of values    n         sequences in a batch row (1 unless packed)
+    q, k, v, o    queries, keys, values, outputs          g         log decay of a head in nats (`g_gamma`), gm in bits
+    S             state; the kernels hold S^T [V, K]      s0, s     states that sequences start from, end with
+    C             tokens in a chunk (one loop step)       L, R      tokens in a segment (one program), rows of segments
+    P             decayed scores e^{g(i-j)} q_i.k_j       z         own states of segments that others follow
+    rank i, j     place of a token in its chunk in scan order, whichever the direction
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+try:
+    import jax_triton
+    import triton
+    import triton.language as tl
+except ImportError:                                              # macOS, TPU hosts: the plain-JAX path is all there is
+    triton = None
+
+if jax.__version_info__ < (0, 11):
+    raise ImportError(f"lightning_attn needs jax>=0.11,<0.12 and found {jax.__version__}: pip install 'jax>=0.11,<0.12'")
+if triton is not None and jax.__version_info__ >= (0, 12):
+    warnings.warn(f"lightning_attn: jax-triton 0.4 does not work with jax {jax.__version__}, so GPUs take the plain-JAX path; "
+                  "pip install 'jax>=0.11,<0.12' for the Triton kernels")
+    triton = None
+
+__all__ = ["lightning_attn", "lightning_attn_reference", "lightning_g_gamma"]
+
+
+# The API ------------------------------------------------------------------------------------------------------------------------
+
+def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_scale=None, initial_state=None, reverse=False,
+                   cu_seqlens=None, *, g_gamma=None, backend=None, seq_axis=None):
+    """Lightning attention (arXiv:2307.14995, 2401.04658, 2501.08313): o_t = scale q_t S_t, S_t = e^g S_{t-1} + k_t v_t^T.
+
+    Works under jit, grad (to any order), vmap, scan, remat, export and sharding; is differentiable in `query`, `key`, `value`,
+    `initial_state` and `g_gamma`, for cotangents of both results.
+
+    Args:
+      query: [batch, seq_len, num_heads, qk_head_dim], float32, bfloat16 or float16 (float64 in x64 mode: plain JAX everywhere).
+        Head dims are 1 to 512, `seq_len` is anything from 0 on.
+      key: [batch, seq_len, num_kv_heads, qk_head_dim], in the dtype of `query`. `num_kv_heads` divides `num_heads`; query head h
+        reads key and value head h // (num_heads / num_kv_heads).
+      value: [batch, seq_len, num_kv_heads, v_head_dim], in the dtype of `query`.
+      layer_idx, num_layers: integers, possibly traced: the layer, from 0, and the number of layers. They give head h the log decay
+        g = -(8 / num_heads) (1 - layer_idx / num_layers) h. Leave both out to give `g_gamma` instead.
+      softmax_scale: scale of the outputs; None means qk_head_dim ** -0.5. A traced one multiplies `query`, in its dtype.
+      initial_state: [n, num_heads, qk_head_dim, v_head_dim], floating: the states that the sequences start from. n is the batch or
+        the number of packed sequences. None means zeros.
+      reverse: True runs from the last token to the first: `initial_state` enters at the end, `final_state` is left at the start.
+      cu_seqlens: [num_seqs + 1] integers, concrete or traced: boundaries of sequences packed in a batch of 1, from 0 up. Equal
+        neighbours are an empty sequence. Tokens past the last boundary belong to none: their outputs and gradients are 0,
+        whatever they hold. A traced `cu_seqlens` cannot be checked: a sequence that runs backwards, outside of the tokens or into
+        an earlier one counts as empty.
+      g_gamma: [num_heads], log decay in nats for each token, <= 0, possibly traced.
+      backend: None picks when the computation is lowered: Triton for cuda and rocm, plain JAX for anything else. "triton" and
+        "xla" force one.
+      seq_axis: name of a `jax.shard_map` mesh axis over which `seq_len` is split evenly, in order: one sequence on many devices.
+        Only states cross it, never tokens; `initial_state` and `final_state` are those of the whole sequence.
+
+    Returns:
+      output: [batch, seq_len, num_heads, v_head_dim] in the dtype of `query`.
+      final_state: [n, num_heads, qk_head_dim, v_head_dim], float32 (float64 for float64 inputs).
+
+    Accuracy: states, decays and sums are float32. float32 inputs follow `jax.default_matmul_precision`: TF32 by default on GPUs,
+    "high" and "highest" for float32. Gradients have the dtype of what they are gradients of. That of `g_gamma` is a float32 sum of
+    differences that cancel, taken from the rounded gradients of `query` and `key`: for 16-bit inputs expect GGAMMA_ACCURACY.
+
+    Raises:
+      TypeError, ValueError: naming the argument, what was expected and what came, before anything runs.
+    """
+    q, k, v, g, scale, s0, cu = _check(query, key, value, layer_idx, num_layers, softmax_scale, initial_state, reverse, cu_seqlens,
+                                       g_gamma)
+    if backend not in (None, "triton", "xla"):
+        raise ValueError(f'backend: expected None, "triton" or "xla", got {backend!r}')
+    if backend == "triton" and triton is None:
+        raise ValueError('backend="triton" needs jax-triton and triton, which cannot be used here: pip install '
+                         "'jax>=0.11,<0.12' 'jax-triton>=0.4.1,<0.5' 'triton>=3.7' (Linux, Python >= 3.12)")
+    if triton is None or q.dtype == jnp.float64:
+        backend = "xla"
+    if seq_axis is not None and cu is not None:
+        raise ValueError("seq_axis: expected None with cu_seqlens, because a pack cannot be cut inside its sequences; got "
+                         f"{seq_axis!r}. Give each device whole sequences instead: a pack of its own in shard_map")
+    op = _Op(scale, 1.0, bool(reverse), False, backend, jax.config.jax_default_matmul_precision)
+    s0 = None if s0 is None else s0[:, None] if cu is None else s0[None]
+    o, s = _attend(op, q, k, v, g[None], s0, None if cu is None else cu[None])
+    return o, s[:, 0] if cu is None else s[0]
+
+
+def lightning_attn_reference(query, key, value, layer_idx=None, num_layers=None, softmax_scale=None, initial_state=None,
+                             reverse=False, cu_seqlens=None, *, g_gamma=None):
+    """The recurrence, token by token, nothing clever: arguments and results of `lightning_attn`, in plain JAX."""
+    q, k, v, g, scale, s, cu = _check(query, key, value, layer_idx, num_layers, softmax_scale, initial_state, reverse, cu_seqlens,
+                                      g_gamma)
+    (B, T, H, K), V, dtype = q.shape, v.shape[-1], jnp.promote_types(q.dtype, jnp.float32)
+    n = B if cu is None else cu.shape[0] - 1
+    s = jnp.zeros((n, H, K, V), dtype) if s is None else s
+    k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
+    token = jnp.arange(T)
+    member = jnp.ones((T, B), bool) if cu is None else (cu[:-1] <= token[:, None]) & (token[:, None] < cu[1:])   # [T, n]
+
+    def step(s, x):
+        q, k, v, member = x                                      # [B, H, K], [B, H, K], [B, H, V], [n]
+        q, k, v = (y.astype(dtype) for y in (q, k, v))
+        member = member[:, None, None]
+        s = jnp.where(member[..., None], jnp.exp(g)[:, None, None] * s + k[..., None] * v[..., None, :], s)
+        o = scale * jnp.einsum("bhk,bhkv->bhv", jnp.broadcast_to(q, (n, H, K)), s, precision="highest")
+        return s, o if cu is None else jnp.where(member, o, 0).sum(0, keepdims=True)
+
+    s, o = lax.scan(step, s, (*(jnp.moveaxis(x, 1, 0) for x in (q, k, v)), member), reverse=reverse)
+    return jnp.moveaxis(o, 0, 1).astype(q.dtype), s
+
+
+def lightning_g_gamma(num_heads, layer_idx, num_layers):
+    """Log decay per token in nats, [num_heads] float32: -(8 / num_heads) (1 - layer_idx / num_layers) head (arXiv:2307.14995)."""
+    head = jnp.arange(num_heads, dtype=jnp.float32)
+    return -(8 / num_heads) * (1 - jnp.asarray(layer_idx, jnp.float32) / jnp.asarray(num_layers, jnp.float32)) * head
+
+
+# Its checks ---------------------------------------------------------------------------------------------------------------------
+
+def _known(x):
+    """`x` as numpy where its values are known now, None where they are traced."""
+    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+
+def _array(name, x, shape, dtype_kind):
+    """`x` as a JAX array of that shape ("batch" etc. name a free size) and kind of dtype, or an error that says what came."""
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
+    if len(x.shape) != len(shape) or any(isinstance(want, int) and want != got for want, got in zip(shape, x.shape)):
+        raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {tuple(x.shape)}")
+    if not jnp.issubdtype(x.dtype, dtype_kind):
+        raise TypeError(f"{name}: expected {'integers' if dtype_kind is jnp.integer else 'floating point'}, got {x.dtype}")
+    return jnp.asarray(x)
+
+
+def _integer(name, x):
+    """A scalar integer argument, and its value where that is known."""
+    if isinstance(x, bool) or not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+        raise TypeError(f"{name}: expected an integer, got {x!r}")
+    if jnp.shape(x) != ():
+        raise ValueError(f"{name}: expected a scalar, got shape {jnp.shape(x)}")
+    value = _known(x)
+    return x, None if value is None else int(value)
+
+
+def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
+    """Raises for wrong arguments; returns q, k, v, g [H], the scale as a float, initial states and int32 boundaries."""
+    q = _array("query", q, ("batch", "seq_len", "num_heads", "qk_head_dim"), jnp.floating)
+    B, T, H, K = q.shape
+    k = _array("key", k, (B, T, "num_kv_heads", K), jnp.floating)
+    v = _array("value", v, (B, T, k.shape[2], "v_head_dim"), jnp.floating)
+    V = v.shape[3]
+    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        raise TypeError(f"query: expected float32, bfloat16, float16 or float64, got {q.dtype}")
+    for name, x in ("key", k), ("value", v):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected the dtype of query, {q.dtype}, got {x.dtype}")
+    if H == 0 or k.shape[2] == 0 or H % k.shape[2]:
+        raise ValueError(f"key: expected num_kv_heads to divide num_heads, got {k.shape[2]} and {H}")
+    for name, d in ("query", K), ("value", V):
+        if not 1 <= d <= 512:
+            raise ValueError(f"{name}: expected a head dim from 1 to 512, got {d}")
+    if T > 2**30:
+        raise ValueError(f"query: expected seq_len of at most 2**30, got {T}")
+
+    if g is not None and (layer_idx is not None or num_layers is not None):
+        raise ValueError("g_gamma: expected either g_gamma or layer_idx and num_layers, got both")
+    if g is None:
+        for name, x in ("layer_idx", layer_idx), ("num_layers", num_layers):
+            if x is None:
+                raise ValueError(f"{name}: expected both layer_idx and num_layers where g_gamma is not given, got None")
+        (layer_idx, layer), (num_layers, layers) = _integer("layer_idx", layer_idx), _integer("num_layers", num_layers)
+        if layers is not None and layers < 1:
+            raise ValueError(f"num_layers: expected at least 1, got {layers}")
+        if layer is not None and (layer < 0 or layers is not None and layer >= layers):
+            raise ValueError(f"layer_idx: expected 0 to num_layers - 1, got {layer} of {'traced' if layers is None else layers}")
+        g = lightning_g_gamma(H, layer_idx, num_layers)
+    else:
+        g = _array("g_gamma", g, (H,), jnp.floating)
+        if (value := _known(g)) is not None and not (value <= 0).all():
+            raise ValueError(f"g_gamma: expected log decays <= 0, got {value.max()}")
+    state_dtype = jnp.promote_types(q.dtype, jnp.float32)
+    g = g.astype(state_dtype)
+
+    if scale is None:
+        scale = K**-0.5
+    elif jnp.shape(scale) != ():
+        raise ValueError(f"softmax_scale: expected a scalar, got shape {jnp.shape(scale)}")
+    elif not (jnp.issubdtype(jnp.result_type(scale), jnp.floating) or jnp.issubdtype(jnp.result_type(scale), jnp.integer)):
+        raise TypeError(f"softmax_scale: expected a real number, got {scale!r}")
+    elif _known(scale) is None:                                  # kernels take a number: a traced scale goes into the query
+        q, scale = q * scale.astype(q.dtype), 1.0
+    if not isinstance(reverse, (bool, np.bool_)):
+        raise TypeError(f"reverse: expected True or False, got {reverse!r}")
+
+    n, count = B, "the batch"
+    if cu is not None:
+        cu = _array("cu_seqlens", np.asarray(cu) if isinstance(cu, (list, tuple)) else cu, ("num_seqs + 1",), jnp.integer)
+        if B != 1:
+            raise ValueError(f"cu_seqlens: expected a batch of 1 to hold the packed sequences, got {B}")
+        if cu.shape[0] < 2:
+            raise ValueError(f"cu_seqlens: expected at least 2 boundaries, got {cu.shape[0]}")
+        if (value := _known(cu)) is not None:
+            if value[0] != 0:
+                raise ValueError(f"cu_seqlens: expected to start at 0, got {value[0]}")
+            if (np.diff(value.astype(np.int64)) < 0).any():
+                raise ValueError(f"cu_seqlens: expected boundaries that do not decrease, got {value}")
+            if value[-1] > T:
+                raise ValueError(f"cu_seqlens: expected boundaries up to seq_len, {T}, got {value[-1]}")
+        if jnp.iinfo(cu.dtype).max > 2**31 - 1:
+            cu = jnp.clip(cu, max(jnp.iinfo(cu.dtype).min, -1), 2**31 - 1)
+        cu, n, count = cu.astype(jnp.int32), cu.shape[0] - 1, "the number of packed sequences"
+    if s0 is not None:
+        s0 = _array("initial_state", s0, ("n", H, K, V), jnp.floating).astype(state_dtype)
+        if s0.shape[0] != n:
+            raise ValueError(f"initial_state: expected {n} states, {count}, got {s0.shape[0]}")
+    return q, k, v, g, float(scale), s0, cu
+
+
+# The scan that everything is made of --------------------------------------------------------------------------------------------
+#
+# Below the API every batch row is a pack of n sequences, a plain batch being packs of one, and the op is a scan over them:
+#
+#     _scan(op, q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], g [B | 1, H], s0 [B, n, H, K, V] | None, cu [B | 1, n+1] | None)
+#         -> o [B, T, H, V], s [B, n, H, K, V]
+#
+# Any operand may have fewer heads than the decay. The op is linear in q, k, v and s0, so its gradients are scans as well:
+#
+#     dq = scan(do, v, k, from s0^T)     dk = scan back(v, do, q, from ds^T)     dv = scan back(k, q, do, from ds)     ds0 = its end
+#
+# where the adjoint of a scan that decays its state before a token is added decays it after the token is read (`post`): so the
+# cotangent of the final state is the state that it starts from, and what it ends with is the cotangent of s0.
+
+@dataclasses.dataclass(frozen=True)
+class _Op:
+    scale: float                                                 # of o: o = scale q S
+    gain: float                                                  # of what enters S: S' = e^g S + gain k v^T
+    reverse: bool
+    post: bool                                                   # S_t enters o_t, and decays after it instead of before k_t v_t^T
+    backend: str | None
+    precision: Any                                               # jax.default_matmul_precision where the op was called
+
+    def adjoint(self):
+        return dataclasses.replace(self, scale=self.gain, gain=self.scale, reverse=not self.reverse, post=not self.post)
+
+
+def _transposed(s):
+    return None if s is None else jnp.swapaxes(s, -1, -2)
+
+
+def _to_heads(x, heads, dtype):
+    """Sums the gradient [B, T, H, D] of an operand over the query heads that read each of its `heads`."""
+    B, T, H, D = x.shape
+    return x if heads == H else x.reshape(B, T, heads, H // heads, D).sum(3, dtype=jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
+def _attend(op, q, k, v, g, s0, cu):
+    return _scan(op, q, k, v, g, s0, cu)
+
+
+def _attend_fwd(op, q, k, v, g, s0, cu):
+    o, s = _attend(op, q, k, v, g, s0, cu)
+    return (o, s), (q, k, v, g, s0, cu, s)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attend_bwd(op, saved, cotangents):
+    q, k, v, g, s0, cu, s = saved
+    do, ds = cotangents
+    back = op.adjoint()
+    dq, _ = _attend(op, do, v, k, g, _transposed(s0), cu)
+    dk, _ = _attend(back, v, do, q, g, _transposed(ds), cu)
+    dv, ds0 = _attend(back, k, q, do, g, ds, cu)
+
+    # o and s depend on g through e^{g (p_i - p_j)}, e^{g p_i} and e^{g (n - p_j)}: what q_i gains with p_i, k_j loses with p_j.
+    p, count = _positions(op, q.shape[1], cu)                    # [B | 1, T], [B | 1, n]
+    H, wide = g.shape[1], g.dtype
+    dot = lambda x, dx: (jnp.repeat(x, H // x.shape[2], axis=2).astype(wide) * dx.astype(wide)).sum(-1)
+    dg = (p.astype(wide)[..., None] * (dot(q, dq) - dot(k, dk))).sum(1)
+    dg += (count.astype(wide)[..., None] * (s * ds).sum((-1, -2))).sum(1)
+    dg = dg if g.shape[0] > 1 else dg.sum(0, keepdims=True)
+    dq, dk, dv = (_to_heads(dx, x.shape[2], x.dtype) for dx, x in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv, dg, None if s0 is None else ds0, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _scan(op, q, k, v, g, s0, cu):
+    """One scan, wherever it is called from: under vmap, on sharded arrays, for whichever platform."""
+    if not (q.size and k.size and v.size):                       # no tokens, or no batch: nothing to launch
+        B, n = q.shape[0], 1 if cu is None else cu.shape[1] - 1
+        shape = B, n, g.shape[1], q.shape[3], v.shape[3]
+        return jnp.zeros((*q.shape[:2], g.shape[1], v.shape[3]), v.dtype), jnp.zeros(shape, g.dtype) if s0 is None else s0
+    return _folded(op)(q, k, v, g, s0, cu)
+
+
+@functools.cache
+def _folded(op):
+    """The scan with a vmap rule: the mapped axis is folded into the batch."""
+    @jax.custom_batching.custom_vmap
+    def scan(*operands):
+        return _on_platform(op, *operands)
+
+    @scan.def_vmap
+    def _(N, mapped, q, k, v, g, s0, cu):
+        B = q.shape[1 if mapped[0] else 0]
+
+        def fold(x, is_mapped):
+            if x is None or not is_mapped and x.shape[0] == 1 and (x is g or x is cu):
+                return x                                         # one decay or one set of boundaries for every row, as before
+            x = x if is_mapped else jnp.broadcast_to(x, (N, *x.shape))
+            x = jnp.broadcast_to(x, (N, B, *x.shape[2:]))
+            return x.reshape(N * B, *x.shape[2:])
+
+        o, s = scan(*map(fold, (q, k, v, g, s0, cu), (*mapped[:4], bool(mapped[4]), bool(mapped[5]))))
+        return tuple(x.reshape(N, B, *x.shape[1:]) for x in (o, s)), (True, True)
+
+    return scan
+
+
+def _on_platform(op, q, k, v, g, s0, cu):
+    """Triton or plain JAX, chosen when the computation is lowered unless `op.backend` names one."""
+    plain, kernels = functools.partial(_scan_xla, op), functools.partial(_scan_triton, op)
+    if op.backend is None:
+        return lax.platform_dependent(q, k, v, g, s0, cu, cuda=kernels, rocm=kernels, default=plain)
+    return (kernels if op.backend == "triton" else plain)(q, k, v, g, s0, cu)
+
+
+# Where sequences begin and end --------------------------------------------------------------------------------------------------
+
+def _intervals(T, cu):
+    """Cuts T tokens at boundaries cu [n+1] that may be anything: n+2 intervals (what is before the first sequence, the sequences,
+    what is after the last) as bounds [n+3] that never decrease, and which of them are sequences. One that runs backwards, outside
+    of the tokens or into an earlier one is an empty sequence, and its tokens, like those at both ends, belong to none."""
+    xp = np if cu is None else jnp
+    cu = np.array([0, T], np.int32) if cu is None else cu
+    zero, last = xp.zeros(1, np.int32), xp.full(1, T, np.int32)
+    start, end = xp.concatenate([zero, cu]), xp.concatenate([cu, last])
+    fits = (0 <= start) & (start <= end) & (end <= T)
+    latest = (np.maximum.accumulate if cu is None or xp is np else lax.cummax)(xp.where(fits, end, 0))
+    latest = xp.concatenate([zero, latest[:-1]])                 # where the tokens are spoken for up to
+    fits &= start >= latest
+    bounds = xp.concatenate([xp.where(fits, start, latest), last])
+    middle = np.arange(start.shape[0])
+    return bounds, fits & (0 < middle) & (middle < start.shape[0] - 1)
+
+
+def _table(T, cu, L, reverse):
+    """Rows of work, [R, 7] int32: first token, tokens, tokens that belong to a sequence (all or none), sequence or -1, how many
+    segments of its interval come before it in scan order, whether it is the last, and its slot (how many rows before it are not
+    the last of their interval). Segments of L tokens are anchored where the scan starts. R = T // L + intervals is always enough;
+    rows without work have -1 tokens."""
+    xp = np if cu is None else jnp
+    bounds, is_sequence = _intervals(T, cu)
+    if cu is None:                                               # one sequence, nothing around it
+        bounds, is_sequence = bounds[1:3], is_sequence[1:2]
+    length, m = bounds[1:] - bounds[:-1], len(is_sequence)
+    R = -(-T // L) if cu is None else T // L + m
+    segments = xp.maximum(1, -(-length // L)).astype(np.int32)
+    ends = xp.cumsum(segments).astype(np.int32)
+    row = np.arange(R, dtype=np.int32)
+    if cu is None:
+        of = np.zeros(R, np.int32)
+    else:
+        of = jnp.cumsum(jnp.zeros(R, jnp.int32).at[ends].add(1, mode="drop"), dtype=jnp.int32)
+    used, of = of < m, xp.minimum(of, m - 1)
+    place = row - (ends - segments)[of]
+    tokens = xp.clip(length[of] - place * L, 0, L)
+    first = bounds[1:][of] - place * L - tokens if reverse else bounds[of] + place * L
+    offset = 0 if cu is None else 1                              # interval 1 is sequence 0
+    sequence = xp.where((of >= offset) & (of < m - offset), of - offset, -1)
+    columns = first, xp.where(used, tokens, -1), xp.where(is_sequence[of], tokens, 0), sequence, place, row == ends[of] - 1, row - of
+    return xp.stack([xp.asarray(x, np.int32) for x in columns], -1)
+
+
+def _tables(T, cu, L, reverse):
+    """`_table` for each row of cu [B | 1, n+1] (or for a plain batch): [B | 1, R, 7]."""
+    return _table(T, None, L, reverse)[None] if cu is None else jax.vmap(lambda cu: _table(T, cu, L, reverse))(cu)
+
+
+def _positions(op, T, cu):
+    """Exponents p of the decay that tokens [B | 1, T] read a state with, and those that final states [B | 1, n] end with."""
+    def row(cu):
+        bounds, is_sequence = _intervals(T, cu)
+        t = np.arange(T)
+        of = jnp.searchsorted(bounds[1:], t, side="right")
+        p = jnp.asarray(bounds[1:])[of] - 1 - t if op.reverse else t - jnp.asarray(bounds)[of]
+        return p + (not op.post), (bounds[1:] - bounds[:-1])[1:-1]
+    return jax.tree.map(lambda x: x[None], row(None)) if cu is None else jax.vmap(row)(cu)
+
+
+# The scan in plain JAX ----------------------------------------------------------------------------------------------------------
+
+def _scan_xla(op, q, k, v, g, s0, cu):
+    """Chunk by chunk with a `lax.scan`; results as `_scan`'s. On a CPU, chunks of 32 to 64 tokens were the fastest."""
+    B, T, H, K, V, n = *q.shape[:2], g.shape[1], q.shape[3], v.shape[3], 1 if cu is None else cu.shape[1] - 1
+    C, wide = min(T, 64), g.dtype
+    dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
+
+    def row(q, k, v, g, s0, table):                              # [T, H, K], ..., [H], [n, H, K, V], [R, 7]
+        def chunk(carry, work):
+            o, s = carry
+            first, tokens, read, sequence = work[:4]
+            start = jnp.clip(first, 0, T - C)                    # C tokens, some of which may be another chunk's
+            t = start + np.arange(C, dtype=np.int32)
+            rank = first + tokens - 1 - t if op.reverse else t - first
+            mine = ((0 <= rank) & (rank < tokens))[:, None, None]
+            S = lax.dynamic_index_in_dim(s, sequence, keepdims=False)
+
+            def load(x):                                         # [C, Hx, D] -> [H, C, D]: zeros where no sequence has tokens
+                x = lax.dynamic_slice_in_dim(x, start, C).astype(wide)
+                x = jnp.where(mine & (read > 0), x, 0).swapaxes(0, 1)
+                return jnp.repeat(x, H // x.shape[0], axis=0)
+
+            qs, ks, vs = map(load, (q, k, v))
+            far = rank[:, None] - rank[None, :]
+            decay = lambda distance: jnp.exp(g[:, None, None] * jnp.maximum(distance, 0))
+            P = jnp.where(far >= 0, dot("hik,hjk->hij", qs, ks) * (op.gain * decay(far)), 0)
+            O = dot("hij,hjv->hiv", P, vs) + decay(rank[:, None] + (not op.post)) * dot("hik,hkv->hiv", qs, S)
+            S = decay(read) * S + dot("hjk,hjv->hkv", ks * (op.gain * decay((read - 1 - rank + op.post)[:, None])), vs)
+            O = (op.scale * O).swapaxes(0, 1).astype(o.dtype)
+            O = jnp.where(mine, O, lax.dynamic_slice_in_dim(o, start, C))
+            return (lax.dynamic_update_slice_in_dim(o, O, start, 0), lax.dynamic_update_index_in_dim(s, S, sequence, 0)), None
+
+        return lax.scan(chunk, (jnp.zeros((T, H, V), v.dtype), s0), table)[0]
+
+    s0 = jnp.zeros((B, n, H, K, V), wide) if s0 is None else s0
+    table = jnp.asarray(_tables(T, cu, C, op.reverse))
+    g, table = (x if x.shape[0] > 1 else x[0] for x in (g, table))
+    return jax.vmap(row, (0, 0, 0, 0 if g.ndim > 1 else None, 0, 0 if table.ndim > 2 else None))(q, k, v, g, s0, table)
+
+
+# The kernels --------------------------------------------------------------------------------------------------------------------
+
+_kernel = triton.jit if triton else lambda f: f
+
+
+@_kernel
+def _states_kernel(k, v, g, table, z, T, H, R, HK, HV, TABLE_STRIDE, G_STRIDE, Z, gain,
+                   K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+                   REVERSE: tl.constexpr, POST: tl.constexpr, PRECISION: tl.constexpr):
+    """z = gain sum_j e^{g(L-1-j)} k_j v_j^T over a segment that another one follows (POST: e^{g(L-j)}).
+
+    A weight that is 0 in float32 belongs to a token that is not read: for most heads that is most of the segment."""
+    NK: tl.constexpr = (K + BK - 1) // BK
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i = tl.program_id(0)
+    i_v, i = i % NV, i // NV
+    i_k, i = i % NK, i // NK
+    h, i = i % H, i // H
+    r, b = i % R, (i // R).to(tl.int64)
+    row = table + b * TABLE_STRIDE + r * 7
+    first, tokens, read = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    last, slot = tl.load(row + 5), tl.load(row + 6)
+    if tokens < 0 or last != 0:
+        return
+    gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
+    start = b * T + first
+    k_d = tl.make_tensor_descriptor(k + (start * HK + h // (H // HK)) * K, [read, K], [HK * K, 1], [C, BK])
+    v_d = tl.make_tensor_descriptor(v + (start * HV + h // (H // HV)) * V, [read, V], [HV * V, 1], [C, BV])
+    rank = tl.arange(0, C)
+    if REVERSE:
+        rank = C - 1 - rank
+    n = tokens // C                                              # segments that others follow are whole chunks
+    live = tl.minimum(tl.ceil(150.0 / tl.maximum(-gm, 1e-6) / C), n * 1.0).to(tl.int32)
+    dk = tl.exp2(gm * (C - 1 - rank + POST)) * gain
+    dC = tl.exp2(gm * C)
+    S = tl.zeros([BK, BV], tl.float32)
+    for c in range(n - live, n):
+        t = (n - 1 - c if REVERSE else c) * C
+        ks, vs = k_d.load([t, i_k * BK]), v_d.load([t, i_v * BV])
+        S = tl.dot(tl.trans(ks), (vs * dk[:, None]).to(vs.dtype), S * dC, input_precision=PRECISION)
+    ck, cv = i_k * BK + tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
+    tl.store(z + ((b * Z + slot) * H + h) * K * V + ck * V + cv, S, mask=(ck < K) & (cv < V))
+
+
+@_kernel
+def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, Z, L, scale, gain,
+                 K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+                 REVERSE: tl.constexpr, POST: tl.constexpr, HAS_S0: tl.constexpr, PRECISION: tl.constexpr):
+    """o_i = scale (e^{g(i+1)} q_i S + gain sum_{j<=i} e^{g(i-j)} (q_i.k_j) v_j), S' = e^{gm} S + gain sum_j e^{g(m-1-j)} k_j v_j^T, chunk
+    by chunk over one segment, for one head and BV of the V columns; i, j in scan order, m tokens in the chunk (POST: e^{gi} q_i S
+    and e^{g(m-j)} k_j v_j^T).
+
+    Descriptors end where the segment ends: what lies outside reads as 0 and is not written, whatever the table says of it."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i = tl.program_id(0)
+    i_v, i = i % NV, i // NV
+    h, i = i % H, i // H
+    r, b = i % R, (i // R).to(tl.int64)
+    row = table + b * TABLE_STRIDE + r * 7
+    first, tokens, read, sequence = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    place, last, slot = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+    if tokens < 0:
+        return
+    gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
+    start = b * T + first
+    q_d = tl.make_tensor_descriptor(q + (start * HQ + h // (H // HQ)) * K, [read, K], [HQ * K, 1], [C, BK])
+    k_d = tl.make_tensor_descriptor(k + (start * HK + h // (H // HK)) * K, [read, K], [HK * K, 1], [C, BK])
+    v_d = tl.make_tensor_descriptor(v + (start * HV + h // (H // HV)) * V, [read, V], [HV * V, 1], [C, BV])
+    o_d = tl.make_tensor_descriptor(o + (start * H + h) * V, [tokens, V], [H * V, 1], [C, BV])
+
+    ck, cv = tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
+    inside = (ck < K) & (cv < V)
+    state = ((b * n + sequence) * H + h) * K * V + ck * V + cv
+    S = tl.zeros([BK, BV], tl.float32)
+    w = 1.0                                                      # weight of the state that the segment `j + 1` before this left
+    dL = tl.exp2(gm * L)
+    for j in range(place):
+        if w > 0:
+            S += w * tl.load(z + ((b * Z + slot - 1 - j) * H + h) * K * V + ck * V + cv, mask=inside, other=0.0)
+        w *= dL
+    if HAS_S0:
+        if sequence >= 0:
+            if w > 0:
+                S += w * tl.load(s0 + state, mask=inside, other=0.0)
+
+    rank = tl.arange(0, C)
+    if REVERSE:
+        rank = C - 1 - rank
+    far = rank[:, None] - rank[None, :]
+    D = tl.exp2(gm * tl.maximum(far, 0)) * (scale * gain)
+    dq = tl.exp2(gm * (rank + 1 - POST)) * scale
+    for c in range(tl.cdiv(tokens, C)):
+        m = tl.minimum(tokens - c * C, C)
+        t = tokens - c * C - C if REVERSE else c * C
+        qs, ks, vs = q_d.load([t, 0]), k_d.load([t, 0]), v_d.load([t, i_v * BV])
+        A = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
+        P = tl.where(far >= 0, A * D, 0.0).to(vs.dtype)
+        O = tl.dot(qs, S.to(qs.dtype), input_precision=PRECISION) * dq[:, None]
+        O = tl.dot(P, vs, O, input_precision=PRECISION)
+        o_d.store([t, i_v * BV], O.to(vs.dtype))
+        dk = tl.exp2(gm * tl.maximum(m - 1 - rank + POST, 0)) * gain
+        S = tl.dot(tl.trans(ks), (vs * dk[:, None]).to(vs.dtype), S * tl.exp2(gm * m), input_precision=PRECISION)
+    if last != 0:
+        if sequence >= 0:
+            tl.store(s + state, S, mask=inside)
+
+
+# Their launch -------------------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """How the scan kernel is launched. Chosen by `_config` alone; `bench.py --tune` measures what it should choose."""
+    C: int                                                       # tokens a chunk: 16 at least, for the matrix units
+    BV: int                                                      # columns of the values (and of the state) a program
+    num_warps: int
+    num_stages: int                                              # chunks in flight, the one at work included
+
+
+_SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}    # KiB a program
+
+
+def _config(K, V, itemsize, T, shared_memory):
+    """The launch configuration for head dims K, V of `itemsize` bytes, T tokens, and KiB of shared memory."""
+    BK, BV = _block(K), min(_block(V), 64 if K <= 256 else 32)
+    C = 16 if T <= 16 else 32 if T <= 32 else 64
+    warps = 8 if BK * BV > 128 * 64 else 4
+    def need(C, BV, stages):                                     # tiles in flight, and what passes through shared memory
+        return (stages * C * (2 * BK + BV) + C * max(C, 2 * BV) + BK * BV) * itemsize / 1024 + 4
+    for C in [c for c in (64, 32, 16) if c <= C]:
+        for stages in (2, 1):
+            if need(C, BV, stages) <= shared_memory:
+                return _Config(C, BV, warps, 1 if T <= C else stages)
+    return _Config(16, min(BV, 16), 4, 1)
+
+
+def _block(d):
+    return max(16, 1 << (d - 1).bit_length())
+
+
+@functools.cache
+def _gpu():
+    """Architecture and number of processors of the first GPU; those of an H200 where there is none."""
+    try:
+        gpu = jax.devices("gpu")[0]
+        arch = gpu.compute_capability
+        return arch.split(":")[0] if arch.startswith("gfx") else "sm_" + arch.replace(".", ""), gpu.core_count
+    except RuntimeError:
+        return "sm_90", 132
+
+
+def _launch(kernel, *args, out, programs, config, **constants):
+    return jax_triton.triton_call(*args, kernel=kernel, out_type=out, grid=(programs,), num_warps=config.num_warps,
+                                  num_stages=config.num_stages, backend_options={"enable_fp_fusion": True}, **constants)
+
+
+def _scan_triton(op, q, k, v, g, s0, cu):
+    K, V, dtype = q.shape[3], v.shape[3], q.dtype
+    pad = lambda d: -d % (16 // dtype.itemsize)                  # descriptors want rows of 16 bytes
+    if pad(K) or pad(V):
+        wide = lambda x, d: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad(d))])
+        s0 = None if s0 is None else jnp.pad(s0, [(0, 0)] * 3 + [(0, pad(K)), (0, pad(V))])
+        o, s = _scan_triton(op, wide(q, K), wide(k, K), wide(v, V), g, s0, cu)
+        return o[..., :V], s[..., :K, :V]
+
+    (B, T), H, n = q.shape[:2], g.shape[1], 1 if cu is None else cu.shape[1] - 1
+    arch, processors = _gpu()
+    config = _config(K, V, dtype.itemsize, T, _SHARED_MEMORY.get(arch, 99))
+    BK, BV, C = _block(K), config.BV, config.C
+    tiles = -(-V // BV)
+    # as many segments as fill the GPU once: more would only add passes over states
+    segments = max(1, 2 * processors // (B * H * tiles))
+    L = -(-T // (segments * C)) * C
+    table = jnp.asarray(_tables(T, cu, L, op.reverse))
+    R, Z = table.shape[1], max(1, T // L)
+    precise = str(op.precision).lower() in ("highest", "float32", "high", "tensorfloat32_3x", "bfloat16_3x")
+    precision = ("ieee" if arch.startswith("gfx") else "tf32x3") if precise else "ieee" if arch.startswith("gfx") else "tf32"
+    shared = dict(K=K, V=V, REVERSE=op.reverse, POST=int(op.post), PRECISION=precision)
+    strides = R * 7 if table.shape[0] > 1 else 0, H if g.shape[0] > 1 else 0
+    z = g                                                        # never read where no segment follows another
+    if L < T:
+        tile = min(BK, 64), min(_block(V), 64)
+        z = _launch(_states_kernel, k, v, g, table, T, H, R, k.shape[2], v.shape[2], *strides, Z, op.gain,
+                    out=jax.ShapeDtypeStruct((B, Z, H, K, V), jnp.float32), config=dataclasses.replace(config, num_warps=4),
+                    programs=B * R * H * -(-K // tile[0]) * -(-V // tile[1]), BK=tile[0], BV=tile[1], C=C, **shared)
+    return _launch(_scan_kernel, q, k, v, g, g if s0 is None else s0, z, table, T, H, R, n, q.shape[2], k.shape[2], v.shape[2],
+                   *strides, Z, L, op.scale, op.gain,
+                   out=(jax.ShapeDtypeStruct((B, T, H, V), dtype), jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)),
+                   config=config, programs=B * R * H * tiles, BK=BK, BV=BV, C=C, HAS_S0=s0 is not None, **shared)
