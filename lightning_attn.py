@@ -492,7 +492,7 @@ def _states_kernel(k, v, g, table, z, T, H, R, HK, HV, TABLE_STRIDE, G_STRIDE, Z
     live = tl.minimum(tl.ceil(150.0 / tl.maximum(-gm, 1e-6) / C), n * 1.0).to(tl.int32)
     dk = tl.exp2(gm * (C - 1 - rank + POST)) * gain
     dC = tl.exp2(gm * C)
-    S = tl.zeros([BK, BV], tl.float32)
+    S = tl.full([BK, BV], 0.0, tl.float32)
     for c in range(n - live, n):
         t = (n - 1 - c if REVERSE else c) * C
         ks, vs = k_d.load([t, i_k * BK]), v_d.load([t, i_v * BV])
@@ -530,7 +530,7 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, H, R, n, HQ, HK, HV, TABLE_S
     ck, cv = tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
     inside = (ck < K) & (cv < V)
     state = ((b * n + sequence) * H + h) * K * V + ck * V + cv
-    S = tl.zeros([BK, BV], tl.float32)
+    S = tl.full([BK, BV], 0.0, tl.float32)
     w = 1.0                                                      # weight of the state that the segment `j + 1` before this left
     dL = tl.exp2(gm * L)
     for j in range(place):
@@ -548,7 +548,7 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, H, R, n, HQ, HK, HV, TABLE_S
     far = rank[:, None] - rank[None, :]
     D = tl.exp2(gm * tl.maximum(far, 0)) * (scale * gain)
     dq = tl.exp2(gm * (rank + 1 - POST)) * scale
-    for c in range(tl.cdiv(tokens, C)):
+    for c in range((tokens + C - 1) // C):
         m = tl.minimum(tokens - c * C, C)
         t = tokens - c * C - C if REVERSE else c * C
         qs, ks, vs = q_d.load([t, 0]), k_d.load([t, 0]), v_d.load([t, i_v * BV])
@@ -607,9 +607,9 @@ def _gpu():
         return "sm_90", 132
 
 
-def _launch(kernel, *args, out, programs, config, **constants):
-    return jax_triton.triton_call(*args, kernel=kernel, out_type=out, grid=(programs,), num_warps=config.num_warps,
-                                  num_stages=config.num_stages, backend_options={"enable_fp_fusion": True}, **constants)
+def _launch(kernel, *arrays, out, programs, **arguments):
+    return jax_triton.triton_call(*arrays, kernel=kernel, out_type=out, grid=(programs,),
+                                  backend_options={"enable_fp_fusion": True}, **arguments)
 
 
 def _scan_triton(op, q, k, v, g, s0, cu):
@@ -633,15 +633,16 @@ def _scan_triton(op, q, k, v, g, s0, cu):
     R, Z = table.shape[1], max(1, T // L)
     precise = str(op.precision).lower() in ("highest", "float32", "high", "tensorfloat32_3x", "bfloat16_3x")
     precision = ("ieee" if arch.startswith("gfx") else "tf32x3") if precise else "ieee" if arch.startswith("gfx") else "tf32"
-    shared = dict(K=K, V=V, REVERSE=op.reverse, POST=int(op.post), PRECISION=precision)
-    strides = R * 7 if table.shape[0] > 1 else 0, H if g.shape[0] > 1 else 0
+    shared = dict(T=T, H=H, R=R, HK=k.shape[2], HV=v.shape[2], TABLE_STRIDE=R * 7 if table.shape[0] > 1 else 0,
+                  G_STRIDE=H if g.shape[0] > 1 else 0, Z=Z, gain=op.gain, K=K, V=V, C=C, REVERSE=op.reverse, POST=int(op.post),
+                  PRECISION=precision)
     z = g                                                        # never read where no segment follows another
     if L < T:
-        tile = min(BK, 64), min(_block(V), 64)
-        z = _launch(_states_kernel, k, v, g, table, T, H, R, k.shape[2], v.shape[2], *strides, Z, op.gain,
-                    out=jax.ShapeDtypeStruct((B, Z, H, K, V), jnp.float32), config=dataclasses.replace(config, num_warps=4),
-                    programs=B * R * H * -(-K // tile[0]) * -(-V // tile[1]), BK=tile[0], BV=tile[1], C=C, **shared)
-    return _launch(_scan_kernel, q, k, v, g, g if s0 is None else s0, z, table, T, H, R, n, q.shape[2], k.shape[2], v.shape[2],
-                   *strides, Z, L, op.scale, op.gain,
-                   out=(jax.ShapeDtypeStruct((B, T, H, V), dtype), jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)),
-                   config=config, programs=B * R * H * tiles, BK=BK, BV=BV, C=C, HAS_S0=s0 is not None, **shared)
+        tile = dict(BK=min(BK, 64), BV=min(_block(V), 64))
+        z = _launch(_states_kernel, k, v, g, table, out=jax.ShapeDtypeStruct((B, Z, H, K, V), jnp.float32),
+                    programs=B * R * H * -(-K // tile["BK"]) * -(-V // tile["BV"]), num_warps=4, num_stages=config.num_stages,
+                    **tile, **shared)
+    out = jax.ShapeDtypeStruct((B, T, H, V), dtype), jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
+    return _launch(_scan_kernel, q, k, v, g, g if s0 is None else s0, z, table, out=out, programs=B * R * H * tiles, n=n, L=L,
+                   HQ=q.shape[2], scale=op.scale, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=config.num_warps,
+                   num_stages=config.num_stages, **shared)
