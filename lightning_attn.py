@@ -31,6 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 
 try:
     import jax_triton
@@ -105,7 +107,7 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
                          f"{seq_axis!r}. Give each device whole sequences instead: a pack of its own in shard_map")
     op = _Op(scale, 1.0, bool(reverse), False, backend, jax.config.jax_default_matmul_precision)
     s0 = None if s0 is None else s0[:, None] if cu is None else s0[None]
-    o, s = _attend(op, q, k, v, g[None], s0, None if cu is None else cu[None])
+    o, s = _in_auto_mode(functools.partial(_attend, op), q, k, v, g[None], s0, None if cu is None else cu[None])
     return o, s[:, 0] if cu is None else s[0]
 
 
@@ -312,6 +314,17 @@ def _attend_bwd(op, saved, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
+def _in_auto_mode(attend, q, k, v, g, s0, cu):
+    """Under a mesh with Explicit axes, hands them to the compiler for the call; results are sharded as the operands."""
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = tuple(a for a, kind in zip(mesh.axis_names, mesh.axis_types) if kind == jax.sharding.AxisType.Explicit)
+    if not explicit:
+        return attend(q, k, v, g, s0, cu)
+    first = lambda axis: next((spec for x in (q, k, v) if (spec := jax.typeof(x).sharding.spec[axis]) is not None), None)
+    o, s = PartitionSpec(first(0), None, first(2)), PartitionSpec(first(0), None, first(2))
+    return jax.sharding.auto_axes(attend, axes=explicit, out_sharding=(o, s))(q, k, v, g, s0, cu)
+
+
 def _scan(op, q, k, v, g, s0, cu):
     """One scan, wherever it is called from: under vmap, on sharded arrays, for whichever platform."""
     if not (q.size and k.size and v.size):                       # no tokens, or no batch: nothing to launch
@@ -326,7 +339,7 @@ def _folded(op):
     """The scan with a vmap rule: the mapped axis is folded into the batch."""
     @jax.custom_batching.custom_vmap
     def scan(*operands):
-        return _on_platform(op, *operands)
+        return _sharded(op, *operands)
 
     @scan.def_vmap
     def _(N, mapped, q, k, v, g, s0, cu):
@@ -345,6 +358,43 @@ def _folded(op):
     return scan
 
 
+def _sharded(op, *operands):
+    """The scan with a sharding rule: each device scans its own batch rows and heads, and nothing is sent."""
+    present = tuple(x is not None for x in operands)
+    q, k, v, g, s0, cu = operands
+    B, H, few = q.shape[0], g.shape[1], min(x.shape[2] for x in (q, k, v))                  # heads are `few` groups: (f r)
+
+    def local(*operands):
+        operands = iter(operands)
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):                 # nothing in here is sharded
+            return _on_platform(op, *(next(operands) if here else None for here in present))
+
+    def partition(mesh, arguments, results):
+        b, _, h, _ = (*results[0].sharding.spec, *(None,) * 4)[:4]
+        if h is not None and few % math.prod(mesh.shape[axis] for axis in np.atleast_1d(h)):
+            h = None                                             # devices that would share a key head gather them all
+        put = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+        by = [put(b, None, h)] * 3 + [put(b if g.shape[0] == B else None, h)]
+        if s0 is not None:
+            by += [put(b, None, h)]
+        if cu is not None:
+            by += [put(b if cu.shape[0] == B else None)]
+        return mesh, local, (put(b, None, h), put(b, None, h)), tuple(by)
+
+    heads = lambda x: "f" if x == few else "(f r)" if x == H else f"h{x}"
+    row = lambda x, own: "b" if x.shape[0] == B else own
+    rule = [f"b t {heads(q.shape[2])} k", f"b t {heads(k.shape[2])} k", f"b t {heads(v.shape[2])} v", f"{row(g, 'g')} {heads(H)}"]
+    if s0 is not None:
+        rule += [f"b n {heads(H)} k v"]
+    if cu is not None:
+        rule += [f"{row(cu, 'c')} m"]
+    rule = ", ".join(rule) + f" -> b t {heads(H)} v, b n {heads(H)} k v"
+    call = custom_partitioning(local)
+    call.def_partition(partition, sharding_rule=rule, need_replication_factors=tuple(x for x in ("t", "k", "v", "n", "m") if f" {x}" in rule),
+                       **({"r": H // few} if few < H else {}))
+    return call(*(x for x in operands if x is not None))
+
+
 def _on_platform(op, q, k, v, g, s0, cu):
     """Triton or plain JAX, chosen when the computation is lowered unless `op.backend` names one."""
     plain, kernels = functools.partial(_scan_xla, op), functools.partial(_scan_triton, op)
@@ -359,17 +409,13 @@ def _intervals(T, cu):
     """Cuts T tokens at boundaries cu [n+1] that may be anything: n+2 intervals (what is before the first sequence, the sequences,
     what is after the last) as bounds [n+3] that never decrease, and which of them are sequences. One that runs backwards, outside
     of the tokens or into an earlier one is an empty sequence, and its tokens, like those at both ends, belong to none."""
-    xp = np if cu is None else jnp
-    cu = np.array([0, T], np.int32) if cu is None else cu
-    zero, last = xp.zeros(1, np.int32), xp.full(1, T, np.int32)
-    start, end = xp.concatenate([zero, cu]), xp.concatenate([cu, last])
+    zero, last = jnp.zeros(1, jnp.int32), jnp.full(1, T, jnp.int32)
+    start, end = jnp.concatenate([zero, cu]), jnp.concatenate([cu, last])
     fits = (0 <= start) & (start <= end) & (end <= T)
-    latest = (np.maximum.accumulate if cu is None or xp is np else lax.cummax)(xp.where(fits, end, 0))
-    latest = xp.concatenate([zero, latest[:-1]])                 # where the tokens are spoken for up to
+    latest = jnp.concatenate([zero, lax.cummax(jnp.where(fits, end, 0))[:-1]])               # tokens are spoken for up to here
     fits &= start >= latest
-    bounds = xp.concatenate([xp.where(fits, start, latest), last])
-    middle = np.arange(start.shape[0])
-    return bounds, fits & (0 < middle) & (middle < start.shape[0] - 1)
+    i = jnp.arange(start.shape[0])
+    return jnp.concatenate([jnp.where(fits, start, latest), last]), fits & (0 < i) & (i < start.shape[0] - 1)
 
 
 def _table(T, cu, L, reverse):
@@ -377,43 +423,42 @@ def _table(T, cu, L, reverse):
     segments of its interval come before it in scan order, whether it is the last, and its slot (how many rows before it are not
     the last of their interval). Segments of L tokens are anchored where the scan starts. R = T // L + intervals is always enough;
     rows without work have -1 tokens."""
-    xp = np if cu is None else jnp
-    bounds, is_sequence = _intervals(T, cu)
-    if cu is None:                                               # one sequence, nothing around it
-        bounds, is_sequence = bounds[1:3], is_sequence[1:2]
-    length, m = bounds[1:] - bounds[:-1], len(is_sequence)
-    R = -(-T // L) if cu is None else T // L + m
-    segments = xp.maximum(1, -(-length // L)).astype(np.int32)
-    ends = xp.cumsum(segments).astype(np.int32)
-    row = np.arange(R, dtype=np.int32)
-    if cu is None:
-        of = np.zeros(R, np.int32)
+    if cu is None:                                               # one sequence, and nothing around it
+        bounds, is_sequence, R = T * jnp.arange(2), jnp.ones(1, bool), -(-T // L)
     else:
-        of = jnp.cumsum(jnp.zeros(R, jnp.int32).at[ends].add(1, mode="drop"), dtype=jnp.int32)
-    used, of = of < m, xp.minimum(of, m - 1)
+        bounds, is_sequence = _intervals(T, cu)
+        R = T // L + is_sequence.shape[0]
+    length, intervals = bounds[1:] - bounds[:-1], is_sequence.shape[0]
+    segments = jnp.maximum(1, -(-length // L))
+    ends = jnp.cumsum(segments)
+    row = jnp.arange(R)
+    of = jnp.cumsum(jnp.zeros(R, jnp.int32).at[ends].add(1, mode="drop"))
+    used, of = of < intervals, jnp.minimum(of, intervals - 1)
     place = row - (ends - segments)[of]
-    tokens = xp.clip(length[of] - place * L, 0, L)
+    tokens = jnp.clip(length[of] - place * L, 0, L)
     first = bounds[1:][of] - place * L - tokens if reverse else bounds[of] + place * L
-    offset = 0 if cu is None else 1                              # interval 1 is sequence 0
-    sequence = xp.where((of >= offset) & (of < m - offset), of - offset, -1)
-    columns = first, xp.where(used, tokens, -1), xp.where(is_sequence[of], tokens, 0), sequence, place, row == ends[of] - 1, row - of
-    return xp.stack([xp.asarray(x, np.int32) for x in columns], -1)
+    sequence = of if cu is None else jnp.where((0 < of) & (of < intervals - 1), of - 1, -1)  # interval 1 is sequence 0
+    columns = first, jnp.where(used, tokens, -1), jnp.where(is_sequence[of], tokens, 0), sequence, place, row == ends[of] - 1, row - of
+    return jnp.stack([x.astype(jnp.int32) for x in columns], -1)
 
 
 def _tables(T, cu, L, reverse):
-    """`_table` for each row of cu [B | 1, n+1] (or for a plain batch): [B | 1, R, 7]."""
+    """`_table` for each row of cu [B | 1, n+1]: [B | 1, R, 7]; for a plain batch, of one row."""
     return _table(T, None, L, reverse)[None] if cu is None else jax.vmap(lambda cu: _table(T, cu, L, reverse))(cu)
 
 
 def _positions(op, T, cu):
     """Exponents p of the decay that tokens [B | 1, T] read a state with, and those that final states [B | 1, n] end with."""
+    t = jnp.arange(T)
+    if cu is None:
+        return (T - 1 - t if op.reverse else t)[None] + (not op.post), jnp.full((1, 1), T)
+
     def row(cu):
-        bounds, is_sequence = _intervals(T, cu)
-        t = np.arange(T)
+        bounds, _ = _intervals(T, cu)
         of = jnp.searchsorted(bounds[1:], t, side="right")
-        p = jnp.asarray(bounds[1:])[of] - 1 - t if op.reverse else t - jnp.asarray(bounds)[of]
+        p = bounds[1:][of] - 1 - t if op.reverse else t - bounds[of]
         return p + (not op.post), (bounds[1:] - bounds[:-1])[1:-1]
-    return jax.tree.map(lambda x: x[None], row(None)) if cu is None else jax.vmap(row)(cu)
+    return jax.vmap(row)(cu)
 
 
 # The scan in plain JAX ----------------------------------------------------------------------------------------------------------
@@ -429,7 +474,7 @@ def _scan_xla(op, q, k, v, g, s0, cu):
             o, s = carry
             first, tokens, read, sequence = work[:4]
             start = jnp.clip(first, 0, T - C)                    # C tokens, some of which may be another chunk's
-            t = start + np.arange(C, dtype=np.int32)
+            t = start + jnp.arange(C, dtype=jnp.int32)
             rank = first + tokens - 1 - t if op.reverse else t - first
             mine = ((0 <= rank) & (rank < tokens))[:, None, None]
             S = lax.dynamic_index_in_dim(s, sequence, keepdims=False)
@@ -452,7 +497,7 @@ def _scan_xla(op, q, k, v, g, s0, cu):
         return lax.scan(chunk, (jnp.zeros((T, H, V), v.dtype), s0), table)[0]
 
     s0 = jnp.zeros((B, n, H, K, V), wide) if s0 is None else s0
-    table = jnp.asarray(_tables(T, cu, C, op.reverse))
+    table = _tables(T, cu, C, op.reverse)
     g, table = (x if x.shape[0] > 1 else x[0] for x in (g, table))
     return jax.vmap(row, (0, 0, 0, 0 if g.ndim > 1 else None, 0, 0 if table.ndim > 2 else None))(q, k, v, g, s0, table)
 
@@ -463,9 +508,22 @@ _kernel = triton.jit if triton else lambda f: f
 
 
 @_kernel
-def _states_kernel(k, v, g, table, z, T, H, R, HK, HV, TABLE_STRIDE, G_STRIDE, Z, gain,
+def _segment(table, r, R, T, L, REVERSE: tl.constexpr, PACKED: tl.constexpr):
+    """Row r of `_table`, read or, for a plain batch, worked out: that saves it a launch and a wait for memory."""
+    if PACKED:
+        row = table + r * 7
+        return (tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5),
+                tl.load(row + 6))
+    else:
+        tokens = tl.minimum(T - r * L, L)
+        first = T - r * L - tokens if REVERSE else r * L
+        return first, tokens, tokens, 0, r, (r == R - 1).to(tl.int32), r
+
+
+@_kernel
+def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE, Z, gain,
                    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                   REVERSE: tl.constexpr, POST: tl.constexpr, PRECISION: tl.constexpr):
+                   REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):
     """z = gain sum_j e^{g(L-1-j)} k_j v_j^T over a segment that another one follows (POST: e^{g(L-j)}).
 
     A weight that is 0 in float32 belongs to a token that is not read: for most heads that is most of the segment."""
@@ -476,9 +534,7 @@ def _states_kernel(k, v, g, table, z, T, H, R, HK, HV, TABLE_STRIDE, G_STRIDE, Z
     i_k, i = i % NK, i // NK
     h, i = i % H, i // H
     r, b = i % R, (i // R).to(tl.int64)
-    row = table + b * TABLE_STRIDE + r * 7
-    first, tokens, read = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    last, slot = tl.load(row + 5), tl.load(row + 6)
+    first, tokens, read, sequence, place, last, slot = _segment(table + b * TABLE_STRIDE, r, R, T, L, REVERSE, PACKED)
     if tokens < 0 or last != 0:
         return
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
@@ -502,9 +558,10 @@ def _states_kernel(k, v, g, table, z, T, H, R, HK, HV, TABLE_STRIDE, G_STRIDE, Z
 
 
 @_kernel
-def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, Z, L, scale, gain,
+def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, Z, scale, gain,
                  K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                 REVERSE: tl.constexpr, POST: tl.constexpr, HAS_S0: tl.constexpr, PRECISION: tl.constexpr):
+                 REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, HAS_S0: tl.constexpr,
+                 PRECISION: tl.constexpr):
     """o_i = scale (e^{g(i+1)} q_i S + gain sum_{j<=i} e^{g(i-j)} (q_i.k_j) v_j), S' = e^{gm} S + gain sum_j e^{g(m-1-j)} k_j v_j^T, chunk
     by chunk over one segment, for one head and BV of the V columns; i, j in scan order, m tokens in the chunk (POST: e^{gi} q_i S
     and e^{g(m-j)} k_j v_j^T).
@@ -515,9 +572,7 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, H, R, n, HQ, HK, HV, TABLE_S
     i_v, i = i % NV, i // NV
     h, i = i % H, i // H
     r, b = i % R, (i // R).to(tl.int64)
-    row = table + b * TABLE_STRIDE + r * 7
-    first, tokens, read, sequence = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    place, last, slot = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+    first, tokens, read, sequence, place, last, slot = _segment(table + b * TABLE_STRIDE, r, R, T, L, REVERSE, PACKED)
     if tokens < 0:
         return
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
@@ -629,12 +684,12 @@ def _scan_triton(op, q, k, v, g, s0, cu):
     # as many segments as fill the GPU once: more would only add passes over states
     segments = max(1, 2 * processors // (B * H * tiles))
     L = -(-T // (segments * C)) * C
-    table = jnp.asarray(_tables(T, cu, L, op.reverse))
-    R, Z = table.shape[1], max(1, T // L)
+    table = g if cu is None else _tables(T, cu, L, op.reverse)    # g where it is not read
+    R, Z = -(-T // L) if cu is None else table.shape[1], max(1, T // L)
     precise = str(op.precision).lower() in ("highest", "float32", "high", "tensorfloat32_3x", "bfloat16_3x")
     precision = ("ieee" if arch.startswith("gfx") else "tf32x3") if precise else "ieee" if arch.startswith("gfx") else "tf32"
-    shared = dict(T=T, H=H, R=R, HK=k.shape[2], HV=v.shape[2], TABLE_STRIDE=R * 7 if table.shape[0] > 1 else 0,
-                  G_STRIDE=H if g.shape[0] > 1 else 0, Z=Z, gain=op.gain, K=K, V=V, C=C, REVERSE=op.reverse, POST=int(op.post),
+    shared = dict(T=T, L=L, H=H, R=R, HK=k.shape[2], HV=v.shape[2], TABLE_STRIDE=0 if cu is None or cu.shape[0] == 1 else R * 7,
+                  G_STRIDE=H if g.shape[0] > 1 else 0, Z=Z, gain=op.gain, K=K, V=V, C=C, REVERSE=op.reverse, POST=int(op.post), PACKED=cu is not None,
                   PRECISION=precision)
     z = g                                                        # never read where no segment follows another
     if L < T:
@@ -643,6 +698,6 @@ def _scan_triton(op, q, k, v, g, s0, cu):
                     programs=B * R * H * -(-K // tile["BK"]) * -(-V // tile["BV"]), num_warps=4, num_stages=config.num_stages,
                     **tile, **shared)
     out = jax.ShapeDtypeStruct((B, T, H, V), dtype), jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
-    return _launch(_scan_kernel, q, k, v, g, g if s0 is None else s0, z, table, out=out, programs=B * R * H * tiles, n=n, L=L,
+    return _launch(_scan_kernel, q, k, v, g, g if s0 is None else s0, z, table, out=out, programs=B * R * H * tiles, n=n,
                    HQ=q.shape[2], scale=op.scale, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=config.num_warps,
                    num_stages=config.num_stages, **shared)
