@@ -243,46 +243,5 @@ def test_16_bit(path, reverse, dtype):
     compare(path, *inputs(2, 1, 150, 4, 2, 32, 16, dtype, n=3), reverse=reverse, cu=[0, 9, 100, 140])
 
 
-# Every GPU, without one ---------------------------------------------------------------------------------------------------------
-
-ARCHS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
-DIMS = [16, 64, 96, 128, 192, 256, 512]
-
-
-def launches(monkeypatch, arch, run):
-    """What `run` (a function of no arguments that is only traced) would launch on a GPU: (kernel, argument types, constants)."""
-    found = []
-
-    def record(*arrays, kernel, out_type, grid, backend_options, **arguments):
-        types_ = {jnp.dtype("float32"): "*fp32", jnp.dtype("bfloat16"): "*bf16", jnp.dtype("float16"): "*fp16", jnp.dtype("int32"): "*i32"}
-        out = jax.tree.leaves(out_type)
-        options = {k: arguments.pop(k) for k in ("num_warps", "num_stages")} | backend_options
-        values = dict(zip(kernel.arg_names, [types_[x.dtype] for x in (*arrays, *out)])) | arguments
-        found.append((kernel, values, options))
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
-
-    with monkeypatch.context() as m:
-        m.setattr(la.jax_triton, "triton_call", record)
-        m.setattr(la, "_gpu", lambda: (arch, 132))
-        jax.eval_shape(run)
-    return found
-
-
-def compiled(kernel, values, options, arch):
-    """Registers, spilled bytes (None where unknown) and shared memory of a launch, compiled for `arch`."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
-    constant = {n: v for n, v in values.items() if n.isupper() and n not in LAUNCHED and not isinstance(v, str)}
-    signature = {n: "constexpr" if n in constant else v if isinstance(v, str) else "fp32" if isinstance(v, float) else "i32"
-                 for n, v in ((n, values[n]) for n in kernel.arg_names)}
-    constant["PRECISION"] = values["PRECISION"]
-    signature["PRECISION"] = "constexpr"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
-    built = compile(ASTSource(kernel, signature, constant, aligned), target=target, options=dict(options))
-    if arch.startswith("gfx"):
-        return None, None, built.metadata.shared
-    spilled = re.search(r"SPILLED|", "")
-    return resources(built.asm["cubin"]), built.metadata.shared
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__, "-q", *sys.argv[1:]]))
