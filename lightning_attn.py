@@ -107,7 +107,12 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
                          f"{seq_axis!r}. Give each device whole sequences instead: a pack of its own in shard_map")
     op = _Op(scale, 1.0, bool(reverse), False, backend, jax.config.jax_default_matmul_precision)
     s0 = None if s0 is None else s0[:, None] if cu is None else s0[None]
-    o, s = _in_auto_mode(functools.partial(_attend, op), q, k, v, g[None], s0, None if cu is None else cu[None])
+    g, cu = g[None], None if cu is None else cu[None]
+    if seq_axis is None:
+        o, s = _in_auto_mode(functools.partial(_attend, op), *_vary((q, k, v, g, s0, cu), q, k, v, g, s0, cu))
+    else:
+        q, k, v = _vary((q, k, v), q, k, v)
+        o, s = _attend_across(op, seq_axis, q, k, v, g, s0)
     return o, s[:, 0] if cu is None else s[0]
 
 
@@ -265,6 +270,7 @@ class _Op:
     post: bool                                                   # S_t enters o_t, and decays after it instead of before k_t v_t^T
     backend: str | None
     precision: Any                                               # jax.default_matmul_precision where the op was called
+    only_state: bool = False                                     # o is [B, 0, H, V]
 
     def adjoint(self):
         return dataclasses.replace(self, scale=self.gain, gain=self.scale, reverse=not self.reverse, post=not self.post)
@@ -314,6 +320,65 @@ def _attend_bwd(op, saved, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
+# One sequence on many devices: each starts from what the devices before it leave, so states are all that is sent, once each way.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend_across(op, axis, q, k, v, g, s0):
+    return _across_fwd(op, axis, q, k, v, g, s0)[0]
+
+
+def _across_fwd(op, axis, q, k, v, g, s0):
+    s_in, s = _exchange(op, axis, k, v, g, s0)
+    o, left = _attend(op, q, k, v, _vary(g, q), s_in, None)
+    return (o, s), (q, k, v, g, s0, s_in, left)
+
+
+def _across_bwd(op, axis, saved, cotangents):
+    q, k, v, g, s0, s_in, left = saved
+    do, ds = cotangents
+    checked = axis in _varying(q)                                  # else shard_map(check_vma=False) sums what devices give and hands
+    devices = lax.axis_size(axis)                                # each its part of what they share
+    r_in, ds0 = _exchange(op.adjoint(), axis, q, do, g, ds if checked else lax.psum(ds, axis))
+    dq, dk, dv, dg, *_ = _attend_bwd(op, (q, k, v, _vary(g, q), s_in, None, left), (do, r_in))
+    if checked:
+        dg = lax.psum(dg, tuple(_varying(dg) - _varying(g)))
+    return dq, dk, dv, dg, None if s0 is None else ds0 if checked else ds0 / devices
+
+
+_attend_across.defvjp(_across_fwd, _across_bwd)
+
+
+def _exchange(op, axis, k, v, g, s0):
+    """The state that this device's tokens start from, and the one that the whole sequence ends with (the same everywhere)."""
+    T, devices = k.shape[1], lax.axis_size(axis)
+    own = _attend(dataclasses.replace(op, only_state=True), k, k, v, _vary(g, k), None, None)[1]
+    varies = axis in _varying(own)
+    every = lax.all_gather(own, axis, **({"to": "invarying"} if varies else {}))             # [devices, B, 1, H, K, V]
+    every = jnp.flip(every, 0) if op.reverse else every          # in scan order
+    every = every if s0 is None else jnp.concatenate([s0[None], every])
+    first = 0 if s0 is None else 1
+    rank = lax.axis_index(axis)
+    rank = devices - 1 - rank if op.reverse else rank
+
+    def after(devices_before):                                   # the state that so many devices, and s0, leave behind
+        age = devices_before - 1 + first - jnp.arange(every.shape[0])
+        weight = jnp.where(age >= 0, jnp.exp(g[..., None] * (T * jnp.maximum(age, 0))), 0)  # [B | 1, H, devices (+ 1)]
+        return jnp.einsum("bhd,dbnhkv->bnhkv", jnp.broadcast_to(weight, (own.shape[0], *weight.shape[1:])), every, precision="highest")
+
+    return after(rank), after(devices)
+
+
+def _vary(x, *like):
+    """`x`, varying over every shard_map axis that one of `like` varies over."""
+    axes = frozenset().union(*map(_varying, jax.tree.leaves(like)))
+    return jax.tree.map(lambda x: lax.pcast(x, tuple(axes - _varying(x)), to="varying"), x)
+
+
+def _varying(x):
+    """The shard_map axes that `x` varies over; none where shard_map does not check."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
 def _in_auto_mode(attend, q, k, v, g, s0, cu):
     """Under a mesh with Explicit axes, hands them to the compiler for the call; results are sharded as the operands."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -330,7 +395,8 @@ def _scan(op, q, k, v, g, s0, cu):
     if not (q.size and k.size and v.size):                       # no tokens, or no batch: nothing to launch
         B, n = q.shape[0], 1 if cu is None else cu.shape[1] - 1
         shape = B, n, g.shape[1], q.shape[3], v.shape[3]
-        return jnp.zeros((*q.shape[:2], g.shape[1], v.shape[3]), v.dtype), jnp.zeros(shape, g.dtype) if s0 is None else s0
+        s = jnp.zeros(shape, g.dtype) if s0 is None else s0
+        return _vary((jnp.zeros((B, 0 if op.only_state else q.shape[1], *shape[2:3], v.shape[3]), v.dtype), s), q, k, v, g)
     return _folded(op)(q, k, v, g, s0, cu)
 
 
@@ -366,8 +432,11 @@ def _sharded(op, *operands):
 
     def local(*operands):
         operands = iter(operands)
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):                 # nothing in here is sharded
-            return _on_platform(op, *(next(operands) if here else None for here in present))
+        return _on_platform(op, *(next(operands) if here else None for here in present))
+
+    def one_device(*operands):                                   # the mesh at hand is not that of what a device has for itself
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return local(*operands)
 
     def partition(mesh, arguments, results):
         b, _, h, _ = (*results[0].sharding.spec, *(None,) * 4)[:4]
@@ -379,7 +448,7 @@ def _sharded(op, *operands):
             by += [put(b, None, h)]
         if cu is not None:
             by += [put(b if cu.shape[0] == B else None)]
-        return mesh, local, (put(b, None, h), put(b, None, h)), tuple(by)
+        return mesh, one_device, (put(b, None, h), put(b, None, h)), tuple(by)
 
     heads = lambda x: "f" if x == few else "(f r)" if x == H else f"h{x}"
     row = lambda x, own: "b" if x.shape[0] == B else own
@@ -388,19 +457,25 @@ def _sharded(op, *operands):
         rule += [f"b n {heads(H)} k v"]
     if cu is not None:
         rule += [f"{row(cu, 'c')} m"]
-    rule = ", ".join(rule) + f" -> b t {heads(H)} v, b n {heads(H)} k v"
+    rule = ", ".join(rule) + f" -> b {'u' if op.only_state else 't'} {heads(H)} v, b n {heads(H)} k v"
     call = custom_partitioning(local)
-    call.def_partition(partition, sharding_rule=rule, need_replication_factors=tuple(x for x in ("t", "k", "v", "n", "m") if f" {x}" in rule),
-                       **({"r": H // few} if few < H else {}))
+    together = tuple(x for x in "tkvnmu" if f" {x}" in rule)
+    call.def_partition(partition, sharding_rule=rule, need_replication_factors=together, **({"r": H // few} if few < H else {}))
     return call(*(x for x in operands if x is not None))
 
 
-def _on_platform(op, q, k, v, g, s0, cu):
+def _on_platform(op, *operands):
     """Triton or plain JAX, chosen when the computation is lowered unless `op.backend` names one."""
-    plain, kernels = functools.partial(_scan_xla, op), functools.partial(_scan_triton, op)
+    def on(scan):
+        def run(*operands):
+            o, s = scan(op, *operands)
+            return _vary((o[:, :0] if op.only_state else o, s), operands)
+        return run
+
+    plain, kernels = on(_scan_xla), on(_scan_triton)
     if op.backend is None:
-        return lax.platform_dependent(q, k, v, g, s0, cu, cuda=kernels, rocm=kernels, default=plain)
-    return (kernels if op.backend == "triton" else plain)(q, k, v, g, s0, cu)
+        return lax.platform_dependent(*operands, cuda=kernels, rocm=kernels, default=plain)
+    return (kernels if op.backend == "triton" else plain)(*operands)
 
 
 # Where sequences begin and end --------------------------------------------------------------------------------------------------
@@ -494,7 +569,7 @@ def _scan_xla(op, q, k, v, g, s0, cu):
             O = jnp.where(mine, O, lax.dynamic_slice_in_dim(o, start, C))
             return (lax.dynamic_update_slice_in_dim(o, O, start, 0), lax.dynamic_update_index_in_dim(s, S, sequence, 0)), None
 
-        return lax.scan(chunk, (jnp.zeros((T, H, V), v.dtype), s0), table)[0]
+        return lax.scan(chunk, _vary((jnp.zeros((T, H, V), v.dtype), s0), q, k, v, g, s0, table), table)[0]
 
     s0 = jnp.zeros((B, n, H, K, V), wide) if s0 is None else s0
     table = _tables(T, cu, C, op.reverse)
