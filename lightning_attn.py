@@ -105,6 +105,11 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
     if seq_axis is not None and cu is not None:
         raise ValueError("seq_axis: expected None with cu_seqlens, because a pack cannot be cut inside its sequences; got "
                          f"{seq_axis!r}. Give each device whole sequences instead: a pack of its own in shard_map")
+    if seq_axis is not None:
+        try:
+            lax.axis_size(seq_axis)
+        except NameError:
+            raise ValueError(f"seq_axis: expected an axis of a shard_map around this call, got {seq_axis!r}") from None
     op = _Op(scale, 1.0, bool(reverse), False, backend, jax.config.jax_default_matmul_precision)
     s0 = None if s0 is None else s0[:, None] if cu is None else s0[None]
     g, cu = g[None], None if cu is None else cu[None]
@@ -468,8 +473,7 @@ def _on_platform(op, *operands):
     """Triton or plain JAX, chosen when the computation is lowered unless `op.backend` names one."""
     def on(scan):
         def run(*operands):
-            o, s = scan(op, *operands)
-            return _vary((o[:, :0] if op.only_state else o, s), operands)
+            return _vary(scan(op, *operands), operands)
         return run
 
     plain, kernels = on(_scan_xla), on(_scan_triton)
@@ -569,7 +573,8 @@ def _scan_xla(op, q, k, v, g, s0, cu):
             O = jnp.where(mine, O, lax.dynamic_slice_in_dim(o, start, C))
             return (lax.dynamic_update_slice_in_dim(o, O, start, 0), lax.dynamic_update_index_in_dim(s, S, sequence, 0)), None
 
-        return lax.scan(chunk, _vary((jnp.zeros((T, H, V), v.dtype), s0), q, k, v, g, s0, table), table)[0]
+        o, s = lax.scan(chunk, _vary((jnp.zeros((T, H, V), v.dtype), s0), q, k, v, g, s0, table), table)[0]
+        return o[:0] if op.only_state else o, s
 
     s0 = jnp.zeros((B, n, H, K, V), wide) if s0 is None else s0
     table = _tables(T, cu, C, op.reverse)
@@ -598,8 +603,8 @@ def _segment(table, r, R, T, L, REVERSE: tl.constexpr, PACKED: tl.constexpr):
 @_kernel
 def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE, Z, gain,
                    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                   REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):
-    """z = gain sum_j e^{g(L-1-j)} k_j v_j^T over a segment that another one follows (POST: e^{g(L-j)}).
+                   REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
+    """z = gain sum_j e^{g(L-1-j)} k_j v_j^T over a segment of L tokens (POST: e^{g(L-j)}); LAST: those that none follows, too.
 
     A weight that is 0 in float32 belongs to a token that is not read: for most heads that is most of the segment."""
     NK: tl.constexpr = (K + BK - 1) // BK
@@ -610,7 +615,7 @@ def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE
     h, i = i % H, i // H
     r, b = i % R, (i // R).to(tl.int64)
     first, tokens, read, sequence, place, last, slot = _segment(table + b * TABLE_STRIDE, r, R, T, L, REVERSE, PACKED)
-    if tokens < 0 or last != 0:
+    if tokens < 0 or (last != 0 and not LAST):
         return
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
     start = b * T + first
@@ -619,15 +624,15 @@ def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE
     rank = tl.arange(0, C)
     if REVERSE:
         rank = C - 1 - rank
-    n = tokens // C                                              # segments that others follow are whole chunks
-    live = tl.minimum(tl.ceil(150.0 / tl.maximum(-gm, 1e-6) / C), n * 1.0).to(tl.int32)
-    dk = tl.exp2(gm * (C - 1 - rank + POST)) * gain
-    dC = tl.exp2(gm * C)
+    n = (tokens + C - 1) // C
+    live = tl.minimum(tl.ceil(150.0 / tl.maximum(-gm, 1e-6) / C) + 1, n * 1.0).to(tl.int32)
     S = tl.full([BK, BV], 0.0, tl.float32)
     for c in range(n - live, n):
-        t = (n - 1 - c if REVERSE else c) * C
+        m = tl.minimum(tokens - c * C, C)
+        t = tokens - c * C - C if REVERSE else c * C
         ks, vs = k_d.load([t, i_k * BK]), v_d.load([t, i_v * BV])
-        S = tl.dot(tl.trans(ks), (vs * dk[:, None]).to(vs.dtype), S * dC, input_precision=PRECISION)
+        dk = tl.exp2(gm * tl.maximum(m - 1 - rank + POST, 0)) * gain
+        S = tl.dot(tl.trans(ks), (vs * dk[:, None]).to(vs.dtype), S * tl.exp2(gm * m), input_precision=PRECISION)
     ck, cv = i_k * BK + tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
     tl.store(z + ((b * Z + slot) * H + h) * K * V + ck * V + cv, S, mask=(ck < K) & (cv < V))
 
@@ -760,18 +765,23 @@ def _scan_triton(op, q, k, v, g, s0, cu):
     segments = max(1, 2 * processors // (B * H * tiles))
     L = -(-T // (segments * C)) * C
     table = g if cu is None else _tables(T, cu, L, op.reverse)    # g where it is not read
-    R, Z = -(-T // L) if cu is None else table.shape[1], max(1, T // L)
+    R = -(-T // L) if cu is None else table.shape[1]
+    Z = R if op.only_state else max(1, T // L)
     precise = str(op.precision).lower() in ("highest", "float32", "high", "tensorfloat32_3x", "bfloat16_3x")
     precision = ("ieee" if arch.startswith("gfx") else "tf32x3") if precise else "ieee" if arch.startswith("gfx") else "tf32"
     shared = dict(T=T, L=L, H=H, R=R, HK=k.shape[2], HV=v.shape[2], TABLE_STRIDE=0 if cu is None or cu.shape[0] == 1 else R * 7,
                   G_STRIDE=H if g.shape[0] > 1 else 0, Z=Z, gain=op.gain, K=K, V=V, C=C, REVERSE=op.reverse, POST=int(op.post), PACKED=cu is not None,
                   PRECISION=precision)
     z = g                                                        # never read where no segment follows another
-    if L < T:
+    if L < T or op.only_state:
         tile = dict(BK=min(BK, 64), BV=min(_block(V), 64))
         z = _launch(_states_kernel, k, v, g, table, out=jax.ShapeDtypeStruct((B, Z, H, K, V), jnp.float32),
                     programs=B * R * H * -(-K // tile["BK"]) * -(-V // tile["BV"]), num_warps=4, num_stages=config.num_stages,
-                    **tile, **shared)
+                    LAST=op.only_state, **tile, **shared)
+    if op.only_state:
+        after = jnp.maximum(T - L * (1 + jnp.arange(R)), 0)      # tokens after each segment
+        s = jnp.einsum("brhkv,bhr->bhkv", z, jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, R)), precision="highest")
+        return jnp.zeros((B, 0, H, V), dtype), s[:, None]
     out = jax.ShapeDtypeStruct((B, T, H, V), dtype), jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
     return _launch(_scan_kernel, q, k, v, g, g if s0 is None else s0, z, table, out=out, programs=B * R * H * tiles, n=n,
                    HQ=q.shape[2], scale=op.scale, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=config.num_warps,
