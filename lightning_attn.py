@@ -601,6 +601,16 @@ def _segment(table, r, R, T, L, REVERSE: tl.constexpr, PACKED: tl.constexpr):
 
 
 @_kernel
+def _load(x, t, read, stride, column, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Rows t .. t+C and columns column .. column+BD of x, whose rows are `stride` apart: 0 outside of [read, D]."""
+    row, col = tl.arange(0, C)[:, None], tl.arange(0, BD)[None, :]
+    inside = (t + row >= 0) & (t + row < read)
+    if D % BD != 0:
+        inside = inside & (column + col < D)
+    return tl.load(x + (t.to(tl.int64) * stride + column) + row * stride + col, mask=inside, other=0.0)
+
+
+@_kernel
 def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE, Z, gain,
                    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                    REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
@@ -619,8 +629,8 @@ def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE
         return
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
     start = b * T + first
-    k_d = tl.make_tensor_descriptor(k + (start * HK + h // (H // HK)) * K, [read, K], [HK * K, 1], [C, BK])
-    v_d = tl.make_tensor_descriptor(v + (start * HV + h // (H // HV)) * V, [read, V], [HV * V, 1], [C, BV])
+    k += (start * HK + h // (H // HK)) * K
+    v += (start * HV + h // (H // HV)) * V
     rank = tl.arange(0, C)
     if REVERSE:
         rank = C - 1 - rank
@@ -630,7 +640,7 @@ def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE
     for c in range(n - live, n):
         m = tl.minimum(tokens - c * C, C)
         t = tokens - c * C - C if REVERSE else c * C
-        ks, vs = k_d.load([t, i_k * BK]), v_d.load([t, i_v * BV])
+        ks, vs = _load(k, t, read, HK * K, i_k * BK, C, K, BK), _load(v, t, read, HV * V, i_v * BV, C, V, BV)
         dk = tl.exp2(gm * tl.maximum(m - 1 - rank + POST, 0)) * gain
         S = tl.dot(tl.trans(ks), (vs * dk[:, None]).to(vs.dtype), S * tl.exp2(gm * m), input_precision=PRECISION)
     ck, cv = i_k * BK + tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
@@ -646,7 +656,7 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABL
     by chunk over one segment, for one head and BV of the V columns; i, j in scan order, m tokens in the chunk (POST: e^{gi} q_i S
     and e^{g(m-j)} k_j v_j^T).
 
-    Descriptors end where the segment ends: what lies outside reads as 0 and is not written, whatever the table says of it."""
+    What lies outside of the segment reads as 0 and is not written, whatever the table says of it."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i = tl.program_id(0)
     i_v, i = i % NV, i // NV
@@ -657,10 +667,10 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABL
         return
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
     start = b * T + first
-    q_d = tl.make_tensor_descriptor(q + (start * HQ + h // (H // HQ)) * K, [read, K], [HQ * K, 1], [C, BK])
-    k_d = tl.make_tensor_descriptor(k + (start * HK + h // (H // HK)) * K, [read, K], [HK * K, 1], [C, BK])
-    v_d = tl.make_tensor_descriptor(v + (start * HV + h // (H // HV)) * V, [read, V], [HV * V, 1], [C, BV])
-    o_d = tl.make_tensor_descriptor(o + (start * H + h) * V, [tokens, V], [H * V, 1], [C, BV])
+    q += (start * HQ + h // (H // HQ)) * K
+    k += (start * HK + h // (H // HK)) * K
+    v += (start * HV + h // (H // HV)) * V
+    o += (start * H + h) * V
 
     ck, cv = tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
     inside = (ck < K) & (cv < V)
@@ -686,12 +696,14 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABL
     for c in range((tokens + C - 1) // C):
         m = tl.minimum(tokens - c * C, C)
         t = tokens - c * C - C if REVERSE else c * C
-        qs, ks, vs = q_d.load([t, 0]), k_d.load([t, 0]), v_d.load([t, i_v * BV])
+        qs, ks = _load(q, t, read, HQ * K, 0, C, K, BK), _load(k, t, read, HK * K, 0, C, K, BK)
+        vs = _load(v, t, read, HV * V, i_v * BV, C, V, BV)
         A = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
         P = tl.where(far >= 0, A * D, 0.0).to(vs.dtype)
         O = tl.dot(qs, S.to(qs.dtype), input_precision=PRECISION) * dq[:, None]
         O = tl.dot(P, vs, O, input_precision=PRECISION)
-        o_d.store([t, i_v * BV], O.to(vs.dtype))
+        row = t + tl.arange(0, C)[:, None]
+        tl.store(o + t.to(tl.int64) * (H * V) + tl.arange(0, C)[:, None] * (H * V) + cv, O.to(vs.dtype), mask=(row >= 0) & (row < tokens) & (cv < V))
         dk = tl.exp2(gm * tl.maximum(m - 1 - rank + POST, 0)) * gain
         S = tl.dot(tl.trans(ks), (vs * dk[:, None]).to(vs.dtype), S * tl.exp2(gm * m), input_precision=PRECISION)
     if last != 0:
