@@ -243,5 +243,267 @@ def test_16_bit(path, reverse, dtype):
     compare(path, *inputs(2, 1, 150, 4, 2, 32, 16, dtype, n=3), reverse=reverse, cu=[0, 9, 100, 140])
 
 
+@each_path
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_accuracy_at_4096_tokens(path, dtype):
+    B, T, H, K = 1, 4096, 2, 64
+    if path == "interpreter":
+        T = 1024                                                 # the interpreter takes seconds for each
+    compare(path, *inputs(3, B, T, H, H, K, K, dtype))
+
+
+@each_path
+def test_default_precision(path):
+    args = inputs(4, 1, 300, 2, 1, 64, 64)
+    q, k, v, s0, do, ds = args
+    g = np.asarray(lightning_g_gamma(2, 3, 8), np.float64)
+    o, s = attend(path, q, k, v, 3, 8, initial_state=s0)
+    want = oracle(q, k, v, g, 64**-0.5, s0, do, ds)
+    assert error(o, want[0]) < 2e-3 and error(s, want[1]) < 2e-3
+
+
+@each_path
+@pytest.mark.parametrize("g", [[0.0, -1e-4], [-50.0, -1e4], [0.0, -1e-30]])
+def test_extreme_decays(path, g):
+    compare(path, *inputs(5, 1, 200, 2, 2, 16, 16), g=g)
+
+
+@each_path
+@pytest.mark.parametrize("scale", [1.0, -2.5, 0.0])
+def test_scale(path, scale):
+    q, k, v, s0, do, ds = inputs(6, 1, 70, 2, 2, 16, 16)
+    o, s = attend(path, q, k, v, 0, 4, softmax_scale=scale, initial_state=s0)
+    want = oracle(q, k, v, np.asarray(lightning_g_gamma(2, 0, 4)), scale, s0, do, ds)
+    assert error(o, want[0]) < 2e-3 and error(s, want[1]) < 2e-3
+    traced, _ = jax.jit(lambda x: attend(path, q, k, v, 0, 4, softmax_scale=x, initial_state=s0))(jnp.float32(scale))
+    assert error(traced, np.asarray(o)) < 2e-3
+
+
+@each_path
+def test_many_segments(path, monkeypatch):
+    """One long sequence is cut in segments, for heads that forget nothing, something and everything."""
+    T = 700 if path != "gpu" else 70000
+    q, k, v, s0, do, ds = inputs(7, 1, T, 3, 3, 16, 16)
+    if T == 700:
+        return compare(path, q, k, v, s0, do, ds, g=[0.0, -0.01, -3.0])
+    for reverse in False, True:
+        with jax.default_matmul_precision("highest"):
+            got = attend(path, q, k, v, g_gamma=jnp.array([0.0, -0.01, -3.0]), initial_state=s0, reverse=reverse)
+        want = lightning_attn_reference(q, k, v, g_gamma=jnp.array([0.0, -0.01, -3.0]), initial_state=s0, reverse=reverse)
+        for a, b in zip(got, want):
+            assert error(a, b) < 1e-4
+
+
+@each_path
+@pytest.mark.parametrize("reverse", [False, True])
+def test_padding_and_neighbours_may_hold_anything(path, reverse):
+    """NaN in one sequence, or past the last one, reaches no other output or gradient, and padding has exactly 0 of both."""
+    cu = [0, 30, 95, 140]
+    q, k, v, s0, do, ds = inputs(8, 1, 160, 2, 1, 16, 16, n=3)
+    g = np.asarray(lightning_g_gamma(2, 3, 8), np.float64)
+    want = oracle(q, k, v, g, 0.25, s0, do, ds, reverse, cu)
+    spoil = lambda x: x.at[:, 30:95].set(jnp.nan).at[:, 140:].set(jnp.inf)
+    got = everything(path, spoil(q), spoil(k), spoil(v), s0, do.at[:, 140:].set(jnp.nan), ds, g, reverse=reverse, cu_seqlens=jnp.array(cu))
+    for i in 0, 2, 3, 4:
+        x, y = np.asarray(got[i]), want[i]
+        assert (x[:, 140:] == 0).all()
+        for part in slice(0, 30), slice(95, 140):
+            assert error(x[:, part], y[:, part]) < 1e-5, NAMES[i]
+    for i in 1, 5:
+        assert error(np.asarray(got[i])[[0, 2]], want[i][[0, 2]]) < 1e-5, NAMES[i]
+    one_head = everything(path, q.at[:, :, 1].set(jnp.nan), jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2), s0, do, ds, g, reverse=reverse, cu_seqlens=jnp.array(cu))
+    assert error(np.asarray(one_head[0])[:, :, 0], want[0][:, :, 0]) < 1e-5
+
+
+@each_path
+@pytest.mark.parametrize("cu, good", [
+    ([0, 20, -5, 40, 60], [(0, 0, 20), (3, 40, 60)]), ([0, 20, 2**31 - 1, 40, 60], [(0, 0, 20), (3, 40, 60)]), ([0, 50, 30, 60], [(0, 0, 50)]),
+    ([5, 30, 60, 2**31 - 1], [(0, 5, 30), (1, 30, 60)]), ([-2**31, 2**31 - 1, -1, 0], []), ([60, 40, 20, 0], [])])
+def test_malformed_traced_boundaries(path, cu, good):
+    """What cannot be checked does no harm: well-formed sequences of the pack stay right, every other token's output is 0."""
+    q, k, v, s0, do, ds = inputs(9, 1, 60, 2, 2, 16, 16, n=len(cu) - 1)
+    got = everything(path, q, k, v, s0, do, ds, np.array([-0.1, 0.0]), cu_seqlens=jnp.array(cu, jnp.int32))
+    rest = np.ones(60, bool)
+    for i, start, end in good:
+        cut = lambda x: x[:, start:end]
+        want = oracle(cut(q), cut(k), cut(v), np.array([-0.1, 0.0]), 0.25, s0[i:i + 1], cut(do), ds[i:i + 1])
+        for j in 0, 2, 3, 4:
+            assert error(cut(got[j]), want[j]) < 1e-5
+        assert error(got[1][i:i + 1], want[1]) < 1e-5
+        rest[start:end] = False
+    for j in 0, 2, 3, 4:
+        assert (np.asarray(got[j])[:, rest] == 0).all()
+
+
+@each_path
+@pytest.mark.parametrize("T", [0, 1])
+def test_hardly_any_tokens(path, T):
+    compare(path, *inputs(10, 2, T, 2, 1, 16, 8))
+    if T:
+        return
+    o, s = attend(path, *inputs(10, 2, 0, 2, 1, 16, 8)[:3], 0, 4)
+    assert o.shape == (2, 0, 2, 8) and s.shape == (2, 2, 16, 8) and not s.any()
+
+
+@each_path
+@pytest.mark.parametrize("K, V", [(512, 16), (16, 512), (96, 192), (1, 2)])
+def test_head_dims(path, K, V):
+    compare(path, *inputs(11, 1, 80, 1, 1, K, V))
+
+
+# Under JAX's transforms ---------------------------------------------------------------------------------------------------------
+
+SMALL = dict(B=2, T=70, H=2, Hk=1, K=8, V=8)
+
+
+def close(a, b, bar=2e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert error(x, y) < bar, error(x, y)
+
+
+@pytest.fixture
+def precise():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@each_path
+@pytest.mark.parametrize("mapped", ["q", "qkv", "s0", "g", "kv g", "q k v s0 g"])
+def test_vmap(path, precise, mapped):
+    N = 3
+    q, k, v, s0, do, ds = inputs(20, N * 2, 70, 2, 1, 8, 8)
+    fold = lambda x: x.reshape(N, 2, *x.shape[1:])
+    args = dict(q=fold(q), k=fold(k), v=fold(v), s0=fold(s0), g=-jnp.arange(6.0).reshape(3, 2) / 9)
+    axes = {n: 0 if n in mapped else None for n in args}
+    args = {n: x if axes[n] == 0 else x[0] for n, x in args.items()}
+
+    def loss(q, k, v, s0, g):
+        o, s = attend(path, q, k, v, initial_state=s0, g_gamma=g)
+        return (o * do[:2]).sum() + (s * ds[:2]).sum()
+
+    grad = jax.grad(loss, (0, 1, 2, 3, 4))
+    got = jax.vmap(grad, tuple(axes.values()))(*args.values())
+    pick = lambda i: [x[i] if axes[n] == 0 else x for n, x in args.items()]
+    want = [grad(*pick(i)) for i in range(N)]
+    close(got, jax.tree.map(lambda *x: jnp.stack(x), *want))
+    total = jax.grad(lambda *a: jax.vmap(loss, tuple(axes.values()))(*a).sum(), (0, 1, 2, 3, 4))(*args.values())
+    close(total, [sum(w[i] for w in want) if axes[n] is None else jnp.stack([w[i] for w in want]) for i, n in enumerate(args)])
+
+
+@each_path
+def test_vmap_of_packs(path, precise):
+    q, k, v, s0, do, ds = inputs(21, 3, 70, 2, 1, 8, 8)
+    cu = jnp.array([[0, 10, 70], [0, 0, 64], [0, 65, 66]])
+    one = lambda q, k, v, cu: attend(path, q[None], k[None], v[None], 1, 4, cu_seqlens=cu)
+    close(jax.vmap(one)(q, k, v, cu), jax.tree.map(lambda *x: jnp.stack(x), *[one(q[i], k[i], v[i], cu[i]) for i in range(3)]))
+    close(jax.vmap(one, (0, 0, 0, None))(q, k, v, cu[0]), jax.tree.map(lambda *x: jnp.stack(x), *[one(q[i], k[i], v[i], cu[0]) for i in range(3)]))
+    close(jax.vmap(one, (None, None, None, 0))(q[0], k[0], v[0], cu), jax.tree.map(lambda *x: jnp.stack(x), *[one(q[0], k[0], v[0], cu[i]) for i in range(3)]))
+
+
+@each_path
+def test_scan_over_layers_with_remat(path, precise):
+    q, k, v, *_ = inputs(22, **SMALL)
+
+    def stack(x, layers, f):
+        def layer(x, i):
+            return x + f(x, k, v, i)[0], None
+        return lax_scan(jax.checkpoint(layer), x, jnp.arange(layers))[0]
+
+    lax_scan = jax.lax.scan
+    ours = jax.jit(jax.value_and_grad(lambda x: (stack(x, 3, lambda q, k, v, i: attend(path, q, k, v, i, 3)) ** 2).sum()))(q)
+    by_hand = jax.value_and_grad(lambda x: (stack(x, 3, lambda q, k, v, i: lightning_attn_reference(q, k, v, i, 3)) ** 2).sum())(q)
+    close(ours, by_hand)
+
+
+@each_path
+def test_second_derivatives(path, precise):
+    q, k, v, s0, do, ds = inputs(23, 1, 5, 2, 1, 3, 2)
+
+    def loss(f):
+        def value(q, k, v, s0, g):
+            o, s = f(q, k, v, initial_state=s0, g_gamma=g)
+            return (o * do).sum() + (s * ds).sum()
+        return jax.jacrev(jax.grad(value, (0, 1, 2, 3, 4)), (0, 1, 2, 3, 4))(q, k, v, s0, jnp.array([-0.1, -0.7]))
+
+    got, want = loss(lambda *a, **b: attend(path, *a, **b)), loss(lightning_attn_reference)
+    close(got, want, 1e-4)
+
+
+@each_path
+def test_other_transforms(path, precise):
+    q, k, v, s0, *_ = inputs(24, **SMALL)
+    f = lambda q, k, v, s0: attend(path, q, k, v, 1, 4, initial_state=s0)
+    want = f(q, k, v, s0)
+    shapes = jax.eval_shape(f, q, k, v, s0)
+    assert [(x.shape, x.dtype) for x in shapes] == [(x.shape, x.dtype) for x in want]
+    if path == "xla":
+        with jax.disable_jit():
+            close(f(q, k, v, s0), want)
+    if path != "interpreter":                                    # a Python callback cannot be exported
+        exported = jax.export.export(jax.jit(f), disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")])(q, k, v, s0)
+        close(jax.export.deserialize(exported.serialize()).call(q, k, v, s0), want)
+    with jax.debug_nans(True):
+        close(jax.jit(f)(q, k, v, s0), want)
+    donated = jax.jit(f, donate_argnums=3)(q, k, v, s0 + 0)
+    close(donated, want)
+    threads = [threading.Thread(target=lambda: results.append(jax.jit(f)(q, k, v, s0))) for _ in range(8)]
+    results = []
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert len(results) == 8
+    for r in results:
+        close(r, want, 1e-12)
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        q, k, v, s0, do, ds = (jnp.asarray(np.asarray(x), jnp.float64) for x in inputs(25, 2, 70, 2, 1, 8, 8))
+        g = jnp.array([-0.1, -0.5], jnp.float64)
+        run = jax.vjp(lambda q, k, v, s0, g: lightning_attn(q, k, v, initial_state=s0, g_gamma=g), q, k, v, s0, g)
+        got = *run[0], *run[1]((do, ds))
+        for name, a, b in zip(NAMES, got, oracle(q, k, v, g, 8**-0.5, s0, do, ds)):
+            assert a.dtype == jnp.float64 and error(a, b) < 1e-12, name
+        f32 = lightning_attn(*(x.astype(jnp.float32) for x in (q, k, v)), 1, 4)
+        assert all(x.dtype == jnp.float32 for x in f32)
+
+
+def test_reference():
+    for reverse in False, True:
+        q, k, v, s0, do, ds = inputs(26, 1, 70, 4, 2, 8, 6, n=3)
+        g, cu = np.asarray(lightning_g_gamma(4, 3, 8), np.float64), [0, 9, 9, 60]
+        got = lightning_attn_reference(q, k, v, 3, 8, initial_state=s0, reverse=reverse, cu_seqlens=jnp.array(cu))
+        close(got, oracle(q, k, v, g, 8**-0.5, s0, do, ds, reverse, cu)[:2])
+
+
+@each_path
+def test_a_small_model_learns(path, precise):
+    """Two layers learn to say at the end which token came first, 100 tokens ago: that takes memory across chunks."""
+    B, T, H, D, words = 16, 100, 2, 16, 4
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, words, (B, T)))
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) / shape[-2]**0.5, jnp.float32)
+    params = dict(embed=draw(words, H * D) * 2, place=jnp.asarray(rng.standard_normal((T, H * D)), jnp.float32), qkv=draw(2, H * D, 3 * H * D), head=draw(H * D, words))
+
+    def loss(p):
+        def layer(x, w):
+            weights, i = w
+            q, k, v = jnp.split((x @ weights).reshape(B, T, 3 * H, D), 3, axis=2)
+            o, _ = attend(path, q, k, v, i, 2)
+            o = o / jnp.sqrt((o**2).mean(-1, keepdims=True) + 1e-3)
+            return x + o.reshape(B, T, H * D), None
+        x, _ = jax.lax.scan(layer, p["embed"][tokens] + p["place"], (p["qkv"], jnp.arange(2)))
+        return -jax.nn.log_softmax(x[:, -1] @ p["head"])[jnp.arange(B), tokens[:, 0]].mean()
+
+    @jax.jit
+    def step(p):
+        value, grad = jax.value_and_grad(loss)(p)
+        return jax.tree.map(lambda x, d: x - 0.3 * d, p, grad), value
+
+    losses = []
+    for _ in range(8 if path == "interpreter" else 60):
+        params, value = step(params)
+        losses.append(float(value))
+    assert losses[-1] < (0.8 * losses[0] if path == "interpreter" else 0.1), losses
+
+
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__, "-q", *sys.argv[1:]]))
