@@ -8,6 +8,8 @@ and counted at the end.
 import importlib.util
 import os
 import pathlib
+import re
+import subprocess
 import sys
 import threading
 import types
@@ -171,7 +173,7 @@ def oracle(q, k, v, g, scale, s0, do, ds, reverse=False, cu=None):
         out[1][i], out[5][i] = r[1], r[5]
         out[6] += r[6]
     for i in 3, 4:
-        out[i] = out[i].reshape(B, T, H // group, group, -1).sum(3)
+        out[i] = out[i].reshape(B, T, H // group, group, out[i].shape[-1]).sum(3)
     return out
 
 
@@ -194,12 +196,15 @@ def inputs(seed, B, T, H, Hk, K, V, dtype="float32", n=None):
 
 def everything(path, q, k, v, s0, do, ds, g, **kwargs):
     """Results and gradients on a path, as `oracle` lists them."""
+    cu = kwargs.pop("cu_seqlens", None)
+
     @jax.jit
-    def run(q, k, v, s0, g):
-        out, back = jax.vjp(lambda q, k, v, s0, g: attend(path, q, k, v, initial_state=s0, g_gamma=g, **kwargs), q, k, v, s0, g)
+    def run(q, k, v, s0, g, cu):
+        f = lambda q, k, v, s0, g: attend(path, q, k, v, initial_state=s0, g_gamma=g, cu_seqlens=cu, **kwargs)
+        out, back = jax.vjp(f, q, k, v, s0, g)
         return *out, *back((do, ds))
     with jax.default_matmul_precision("highest"):
-        return run(q, k, v, s0, jnp.asarray(g, jnp.float32))
+        return run(q, k, v, s0, jnp.asarray(g, jnp.float32), cu)
 
 
 def compare(path, q, k, v, s0, do, ds, g=None, bar=None, reverse=False, cu=None, **kwargs):
@@ -210,7 +215,8 @@ def compare(path, q, k, v, s0, do, ds, g=None, bar=None, reverse=False, cu=None,
     bar = bar or BAR[str(q.dtype)]
     for name, a, b in zip(NAMES, got, want):
         if name == "dg_gamma":
-            if q.dtype == jnp.float32:
+            assert np.isfinite(a).all()
+            if q.dtype == jnp.float32 and g.min() > -20:         # else it is the rounding of what cancels to about 0
                 assert error(a, b) < 1e-3, (name, error(a, b))
         else:
             assert a.dtype == (q.dtype if name in ("output", "dquery", "dkey", "dvalue") else jnp.float32), name
@@ -499,10 +505,313 @@ def test_a_small_model_learns(path, precise):
         return jax.tree.map(lambda x, d: x - 0.3 * d, p, grad), value
 
     losses = []
-    for _ in range(8 if path == "interpreter" else 60):
+    for _ in range(2 if path == "interpreter" else 60):
         params, value = step(params)
         losses.append(float(value))
-    assert losses[-1] < (0.8 * losses[0] if path == "interpreter" else 0.1), losses
+    if path == "interpreter":                                    # seconds a step: the same first steps as plain JAX takes
+        assert np.allclose(losses, SEEN["losses"][:2], rtol=1e-5)
+    else:
+        SEEN["losses"] = losses
+        assert losses[-1] < 0.1, losses
+
+
+SEEN = {}
+
+
+# Wrong calls --------------------------------------------------------------------------------------------------------------------
+
+def bad_calls():
+    """(name, arguments that differ from a good call's, error, words that its message must have)."""
+    x = lambda *shape, dtype="float32": np.ones(shape, dtype)
+    q, k = x(2, 8, 4, 16), x(2, 8, 2, 16)
+    pack = dict(query=x(1, 8, 4, 16), key=x(1, 8, 2, 16), value=x(1, 8, 2, 16))
+    cu = lambda *c, dtype="int32": pack | dict(cu_seqlens=np.array(c, dtype))
+    gamma = lambda g: dict(layer_idx=None, num_layers=None, g_gamma=g)
+    V, T = ValueError, TypeError
+    return [
+        ("query no array", dict(query=[[1.0]]), T, "query: expected an array, got list"),
+        ("key no array", dict(key=3.0), T, "key: expected an array, got float"),
+        ("value None", dict(value=None), T, "value: expected an array, got NoneType"),
+        ("query rank", dict(query=q[0]), V, "query: expected shape [batch, seq_len, num_heads, qk_head_dim], got (8, 4, 16)"),
+        ("key rank", dict(key=k[0]), V, "key: expected shape [2, 8, num_kv_heads, 16], got (8, 2, 16)"),
+        ("value rank", dict(value=k[..., None]), V, "value: expected shape [2, 8, 2, v_head_dim], got (2, 8, 2, 16, 1)"),
+        ("key batch", dict(key=k[:1]), V, "key: expected shape [2, 8, num_kv_heads, 16], got (1, 8, 2, 16)"),
+        ("key tokens", dict(key=k[:, :7]), V, "got (2, 7, 2, 16)"),
+        ("key head dim", dict(key=k[..., :8]), V, "got (2, 8, 2, 8)"),
+        ("value batch", dict(value=k[:1]), V, "value: expected shape [2, 8, 2, v_head_dim], got (1, 8, 2, 16)"),
+        ("value tokens", dict(value=k[:, :7]), V, "value: expected shape"),
+        ("value heads", dict(value=k[:, :, :1]), V, "value: expected shape [2, 8, 2, v_head_dim], got (2, 8, 1, 16)"),
+        ("heads not a multiple", dict(query=x(2, 8, 3, 16)), V, "key: expected num_kv_heads to divide num_heads, got 2 and 3"),
+        ("no kv heads", dict(key=k[:, :, :0], value=k[:, :, :0]), V, "got 0 and 4"),
+        ("query integers", dict(query=q.astype("int32")), T, "query: expected floating point, got int32"),
+        ("key complex", dict(key=k.astype("complex64")), T, "key: expected floating point, got complex64"),
+        ("dtypes differ", dict(key=k.astype("float16")), T, "key: expected the dtype of query, float32, got float16"),
+        ("value dtype differs", dict(value=jnp.asarray(k, "bfloat16")), T, "value: expected the dtype of query, float32, got bfloat16"),
+        ("float8", dict(query=jnp.asarray(q, "float8_e4m3fn")), T, "query: expected float32, bfloat16, float16 or float64, got float8_e4m3fn"),
+        ("qk head dim 513", dict(query=x(2, 8, 4, 513), key=x(2, 8, 2, 513)), V, "query: expected a head dim from 1 to 512, got 513"),
+        ("v head dim 600", dict(value=x(2, 8, 2, 600)), V, "value: expected a head dim from 1 to 512, got 600"),
+        ("head dim 0", dict(query=q[..., :0], key=k[..., :0]), V, "query: expected a head dim from 1 to 512, got 0"),
+        ("layer_idx too large", dict(layer_idx=4), V, "layer_idx: expected 0 to num_layers - 1, got 4 of 4"),
+        ("layer_idx negative", dict(layer_idx=-1), V, "layer_idx: expected 0 to num_layers - 1, got -1"),
+        ("layer_idx float", dict(layer_idx=1.5), T, "layer_idx: expected an integer, got 1.5"),
+        ("layer_idx bool", dict(layer_idx=True), T, "layer_idx: expected an integer, got True"),
+        ("layer_idx array", dict(layer_idx=np.array([1, 2])), V, "layer_idx: expected a scalar, got shape (2,)"),
+        ("num_layers 0", dict(layer_idx=0, num_layers=0), V, "num_layers: expected at least 1, got 0"),
+        ("num_layers missing", dict(num_layers=None), V, "num_layers: expected both layer_idx and num_layers"),
+        ("layer_idx missing", dict(layer_idx=None), V, "layer_idx: expected both layer_idx and num_layers"),
+        ("no decay", dict(layer_idx=None, num_layers=None), V, "layer_idx: expected both"),
+        ("two decays", dict(g_gamma=x(4)), V, "g_gamma: expected either g_gamma or layer_idx and num_layers, got both"),
+        ("g_gamma positive", gamma(np.array([0, -1, -2, 0.5], "float32")), V, "g_gamma: expected log decays <= 0, got 0.5"),
+        ("g_gamma NaN", gamma(np.full(4, np.nan, "float32")), V, "g_gamma: expected log decays <= 0, got nan"),
+        ("g_gamma size", gamma(x(3)), V, "g_gamma: expected shape [4], got (3,)"),
+        ("g_gamma integers", gamma(np.zeros(4, "int32")), T, "g_gamma: expected floating point, got int32"),
+        ("scale vector", dict(softmax_scale=x(4)), V, "softmax_scale: expected a scalar, got shape (4,)"),
+        ("scale complex", dict(softmax_scale=1j), T, "softmax_scale: expected a real number, got 1j"),
+        ("reverse no bool", dict(reverse="yes"), T, "reverse: expected True or False, got 'yes'"),
+        ("state rank", dict(initial_state=x(4, 16, 16)), V, "initial_state: expected shape [n, 4, 16, 16], got (4, 16, 16)"),
+        ("state heads", dict(initial_state=x(2, 2, 16, 16)), V, "initial_state: expected shape [n, 4, 16, 16]"),
+        ("state count", dict(initial_state=x(3, 4, 16, 16)), V, "initial_state: expected 2 states, the batch, got 3"),
+        ("state integers", dict(initial_state=x(2, 4, 16, 16, dtype="int32")), T, "initial_state: expected floating point, got int32"),
+        ("state count, packed", cu(0, 4, 8) | dict(initial_state=x(1, 4, 16, 16)), V, "initial_state: expected 2 states, the number of packed sequences, got 1"),
+        ("boundaries, batch 2", dict(cu_seqlens=np.array([0, 8])), V, "cu_seqlens: expected a batch of 1"),
+        ("boundaries rank", pack | dict(cu_seqlens=np.zeros((2, 2), "int32")), V, "cu_seqlens: expected shape [num_seqs + 1], got (2, 2)"),
+        ("boundaries float", cu(0, 8, dtype="float32"), T, "cu_seqlens: expected integers, got float32"),
+        ("one boundary", cu(0), V, "cu_seqlens: expected at least 2 boundaries, got 1"),
+        ("boundaries from 1", cu(1, 8), V, "cu_seqlens: expected to start at 0, got 1"),
+        ("boundaries decrease", cu(0, 5, 3), V, "cu_seqlens: expected boundaries that do not decrease, got [0 5 3]"),
+        ("boundaries past the end", cu(0, 9), V, "cu_seqlens: expected boundaries up to seq_len, 8, got 9"),
+        ("backend", dict(backend="cuda"), V, 'backend: expected None, "triton" or "xla", got \'cuda\''),
+        ("seq_axis with a pack", cu(0, 8) | dict(seq_axis="s"), V, "seq_axis: expected None with cu_seqlens"),
+        ("seq_axis of no mesh", dict(seq_axis="nowhere"), V, "seq_axis: expected an axis of a shard_map around this call, got 'nowhere'"),
+    ]
+
+
+@pytest.mark.parametrize("name, change, kind, words", bad_calls(), ids=lambda x: x if isinstance(x, str) and len(x) < 30 else "")
+def test_wrong_calls(name, change, kind, words):
+    x = lambda *shape: np.ones(shape, "float32")
+    good = dict(query=x(2, 8, 4, 16), key=x(2, 8, 2, 16), value=x(2, 8, 2, 16), layer_idx=1, num_layers=4)
+    lightning_attn(**good)
+    with pytest.raises(kind) as info:
+        lightning_attn(**good | change)
+    assert words in str(info.value)
+
+
+def test_without_triton():
+    """Where jax-triton is missing the file imports and works, and says what backend="triton" needs; so it does for an old jax."""
+    code = """
+import sys
+sys.modules["jax_triton"] = None
+import jax.numpy as jnp, lightning_attn as la
+x = jnp.ones((1, 4, 2, 8))
+la.lightning_attn(x, x, x, 0, 1)
+try: la.lightning_attn(x, x, x, 0, 1, backend="triton")
+except ValueError as e: assert "pip install" in str(e)
+else: raise SystemExit("no error")
+import jax
+jax.__version_info__ = (0, 10, 0)
+del sys.modules["lightning_attn"]
+try: import lightning_attn
+except ImportError as e: assert "jax>=0.11" in str(e)
+else: raise SystemExit("no error")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=FILE.parent, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+def test_persistent_compilation_cache(tmp_path):
+    code = """
+import jax, jax.numpy as jnp
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+from lightning_attn import lightning_attn
+x = jnp.ones((1, 70, 2, 8))
+print(float(jax.jit(jax.grad(lambda x: lightning_attn(x, x, x, 1, 4)[0].sum()))(x).sum()))
+"""
+    run = lambda: subprocess.run([sys.executable, "-c", code], check=True, cwd=FILE.parent, capture_output=True, text=True,
+                                 env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}).stdout
+    first, cached = run(), sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith("-atime"))
+    assert cached and run() == first
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith("-atime")) == cached
+
+
+# Many devices: 8 virtual CPUs ---------------------------------------------------------------------------------------------------
+
+P = jax.sharding.PartitionSpec
+eight_cpus = pytest.mark.skipif(HAS_GPU, reason="8 virtual CPU devices")
+COLLECTIVE = r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+
+
+def collectives(compiled):
+    """(operation, elements of its largest result) of every collective in compiled HLO."""
+    size = lambda shapes: max(int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\w+\[([\d,]*)\]", shapes))
+    return [(op, size(shapes)) for shapes, op in re.findall(COLLECTIVE, compiled.as_text())]
+
+
+def step_of(attend):
+    def loss(q, k, v, s0, g, do, ds):
+        o, s = attend(q, k, v, s0, g)
+        return (o * do).sum() + (s * ds).sum(), (o, s)
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True))
+
+
+@eight_cpus
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("shape, spec", [((8,), P("a")), ((4,), P(None, None, "a")), ((2, 4), P("a", None, "b")), ((4, 2), P(("a", "b"))), ((2, 4), P("a", "b"))])
+def test_sharded_by_jit(precise, kind, shape, spec):
+    """The sharding rule is outside of the choice of platform: what is seen here holds for GPUs."""
+    q, k, v, s0, do, ds = inputs(30, 8, 72, 8, 4, 8, 8)
+    g = lightning_g_gamma(8, 1, 4)
+    step = step_of(lambda q, k, v, s0, g: lightning_attn(q, k, v, initial_state=s0, g_gamma=g))
+    want = step(q, k, v, s0, g, do, ds)
+    mesh = jax.make_mesh(shape, tuple("ab"[:len(shape)]), axis_types=(getattr(jax.sharding.AxisType, kind),) * len(shape))
+    b, t, h = (*spec, None, None)[:3]
+    state = P(b, h)
+    with jax.set_mesh(mesh):
+        put = [jax.device_put(x, jax.NamedSharding(mesh, s)) for x, s in zip((q, k, v, s0, g, do, ds), (spec, spec, spec, state, P(h), spec, state))]
+        compiled = step.lower(*put).compile()
+        got = compiled(*put)
+    close(got, want, 1e-5)
+    for x, s in zip((*got[0][1], *got[1]), ((spec if t is None else None), state, spec, spec, spec, state, P(h))):
+        if s is not None:
+            assert x.sharding.is_equivalent_to(jax.NamedSharding(mesh, s), x.ndim)
+    if t is None:                                                # the loss and g_gamma's gradient are summed; nothing larger moves
+        assert all(op == "all-reduce" and size <= 8 for op, size in collectives(compiled)), collectives(compiled)
+
+
+@eight_cpus
+def test_packed_sharded_by_heads(precise):
+    q, k, v, s0, do, ds = inputs(31, 1, 70, 8, 4, 8, 8, n=3)
+    cu = jnp.array([0, 20, 20, 66])
+    f = jax.jit(lambda *a: lightning_attn(*a[:3], 1, 4, initial_state=a[3], cu_seqlens=a[4]))
+    mesh = jax.make_mesh((4,), ("h",), axis_types=(jax.sharding.AxisType.Auto,))
+    put = [jax.device_put(x, jax.NamedSharding(mesh, s)) for x, s in zip((q, k, v, s0, cu), (P(None, None, "h"),) * 3 + (P(None, "h"), P()))]
+    compiled = f.lower(*put).compile()
+    close(compiled(*put), f(q, k, v, s0, cu), 1e-6)
+    assert not collectives(compiled)
+
+
+@eight_cpus
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("path, shape, axes", [
+    ("xla", (8,), (None, "a", None)), ("xla", (2, 2, 2), ("a", "b", "c")), ("xla", (4,), ("a", None, None)),
+    pytest.param("interpreter", (2, 2), (None, "a", "b"), marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton"))])
+def test_shard_map(precise, shape, axes, reverse, check, path):
+    q, k, v, s0, do, ds = inputs(32, 4, 128, 4, 2, 8, 8)
+    b, t, h = axes
+    g = -0.05 * jnp.arange(4)
+    whole = lambda q, k, v, s0, g, **kw: attend(path, q, k, v, initial_state=s0, g_gamma=g, reverse=reverse, **kw)
+    want = step_of(whole)(q, k, v, s0, g, do, ds)
+    mesh = jax.make_mesh(shape, tuple("abc"[:len(shape)]), axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
+    tokens, state = P(b, t, h), P(b, h)
+    part = jax.shard_map(lambda *a: whole(*a, seq_axis=t), mesh=mesh, in_specs=(tokens,) * 3 + (state, P(h)), out_specs=(tokens, state), check_vma=check)
+    compiled = step_of(part).lower(q, k, v, s0, g, do, ds).compile()
+    close(compiled(q, k, v, s0, g, do, ds), want, 1e-5)
+    if check and path == "xla":                                  # one gathering of states each way; sums of the loss and of g's gradient
+        states = int(np.prod(s0.shape)) // (1 if t == "a" else 4) * mesh.shape[t] if t else 0
+        found = collectives(compiled)
+        assert [size for op, size in found if op == "all-gather"] == ([states] * 2 if t else []), found
+        assert all(size <= 8 for op, size in found if op != "all-gather") and {op for op, _ in found} <= {"all-gather", "all-reduce"}, found
+
+
+@eight_cpus
+def test_training_step_on_data_tensor_and_sequence_parallel_devices(precise):
+    B, T, H, D = 4, 64, 4, 8
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.standard_normal((2, 3, H, D, H, D)) / 6, jnp.float32)
+    x, y = (jnp.asarray(rng.standard_normal((B, T, H, D)), jnp.float32) for _ in range(2))
+
+    def loss(attend):
+        def value(w, x, y):
+            def layer(x, inputs):
+                w, i = inputs
+                q, k, v = jnp.einsum("bthd,chdge->cbtge", x, w)
+                return x + attend(q, k, v, i), None
+            out, _ = jax.lax.scan(layer, x, (w, jnp.arange(2)))
+            return ((out - y) ** 2).mean()
+        return jax.jit(lambda w, x, y: jax.tree.map(lambda a, b: a - 0.1 * b, w, jax.grad(value)(w, x, y)))
+
+    mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "seq"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    tokens = P("data", "seq", "tensor")
+    decay = lambda i: lightning_g_gamma(H, i, 2)                 # of all heads, cut among devices
+    parallel = jax.shard_map(lambda q, k, v, g: lightning_attn(q, k, v, g_gamma=g, seq_axis="seq")[0], mesh=mesh,
+                             in_specs=(tokens,) * 3 + (P("tensor"),), out_specs=tokens)
+    want = loss(lambda q, k, v, i: lightning_attn(q, k, v, i, 2)[0])(w, x, y)
+    place = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))
+    got = loss(lambda q, k, v, i: parallel(q, k, v, decay(i)))(place(w, P(None, None, "tensor")), place(x, tokens), place(y, tokens))
+    close(got, want, 1e-5)
+
+
+# The README ---------------------------------------------------------------------------------------------------------------------
+
+README = FILE.parent / "README.md"
+
+
+@pytest.mark.skipif(not README.exists() or len(jax.devices()) < 4, reason="no README beside the file, or fewer than 4 devices")
+def test_snippets_of_the_readme():
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL):
+        exec(snippet, names)
+    assert names["states"].shape == (3, 4, 32, 32) and np.isfinite(names["gradient"]).all()
+    whole = lightning_attn(names["q"], names["k"], names["v"], 0, 3)
+    close([names["output"], names["state"]], whole, 4e-3)
+
+
+# Every GPU, without one ---------------------------------------------------------------------------------------------------------
+
+def launches(arch, run):
+    """What tracing `run` would launch on a GPU of that architecture: (kernel, types and values of its arguments, options)."""
+    found = []
+    names = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
+
+    def record(*arrays, kernel, out_type, grid, backend_options, **arguments):
+        out = jax.tree.leaves(out_type)
+        options = {n: arguments.pop(n) for n in ("num_warps", "num_stages")} | backend_options
+        pointers = dict(zip(kernel.arg_names, [names[str(x.dtype)] for x in (*arrays, *out)]))
+        found.append((kernel, pointers, arguments, options))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(la, "jax_triton", types.SimpleNamespace(triton_call=record))
+        m.setattr(la, "_gpu", lambda: (arch, 132))
+        jax.clear_caches()
+        jax.eval_shape(run)
+    jax.clear_caches()
+    return found
+
+
+def build(kernel, pointers, arguments, options, arch):
+    """Compiles a launch for an architecture; (bytes of shared memory, bytes of stack a thread or None)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+    fixed = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
+    signature = {n: pointers[n] if n in pointers else "constexpr" if n in fixed else "fp32" if isinstance(arguments[n], float) else "i32"
+                 for n in kernel.arg_names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in pointers}
+    built = triton.compile(ASTSource(kernel, signature, fixed, attributes), target=target, options=dict(options))
+    return built.metadata.shared
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_compiles_and_fits(arch, dtype):
+    """Each configuration that can be chosen, for a long sequence (with a segment's states) and, where it differs, a decode step."""
+    table = []
+    for D in 16, 64, 96, 128, 192, 256, 512:
+        seen = set()
+        for T in (4096, 1) if D == 128 else (4096,):
+            x = jax.ShapeDtypeStruct((1, T, 2, D), dtype)
+            run = lambda: lightning_attn(*(jnp.zeros(x.shape, x.dtype) for _ in range(3)), 12, 24, backend="triton")
+            for launch in launches(arch, run):
+                key = launch[0].__name__, repr({n: v for n, v in launch[2].items() if n in ("K", "V", "BK", "BV", "C")}), repr(launch[3])
+                if key in seen or launch[0].__name__ == "_states_kernel" and D not in (64, 512):
+                    continue
+                seen.add(key)
+                shared = build(*launch, arch)
+                table.append((*key, shared))
+                assert shared <= la._SHARED_MEMORY[arch] * 1024, table[-1]
+    assert len(table) >= 8
 
 
 if __name__ == "__main__":
