@@ -651,7 +651,7 @@ def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE
 def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, Z, scale, gain,
                  K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                  REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, HAS_S0: tl.constexpr,
-                 PRECISION: tl.constexpr):
+                 TMA: tl.constexpr, PRECISION: tl.constexpr):
     """o_i = scale (e^{g(i+1)} q_i S + gain sum_{j<=i} e^{g(i-j)} (q_i.k_j) v_j), S' = e^{gm} S + gain sum_j e^{g(m-1-j)} k_j v_j^T, chunk
     by chunk over one segment, for one head and BV of the V columns; i, j in scan order, m tokens in the chunk (POST: e^{gi} q_i S
     and e^{g(m-j)} k_j v_j^T).
@@ -667,9 +667,11 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABL
         return
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
     start = b * T + first
-    q += (start * HQ + h // (H // HQ)) * K
-    k += (start * HK + h // (H // HK)) * K
-    v += (start * HV + h // (H // HV)) * V
+    hq, hk, hv = h // (H // HQ), h // (H // HK), h // (H // HV)
+    if not TMA:
+        q += (start * HQ + hq) * K
+        k += (start * HK + hk) * K
+        v += (start * HV + hv) * V
     o += (start * H + h) * V
 
     ck, cv = tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
@@ -694,16 +696,24 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABL
     D = tl.exp2(gm * tl.maximum(far, 0)) * (scale * gain)
     dq = tl.exp2(gm * (rank + 1 - POST)) * scale
     for c in range((tokens + C - 1) // C):
-        m = tl.minimum(tokens - c * C, C)
+        m = C if TMA else tl.minimum(tokens - c * C, C)
         t = tokens - c * C - C if REVERSE else c * C
-        qs, ks = _load(q, t, read, HQ * K, 0, C, K, BK), _load(k, t, read, HK * K, 0, C, K, BK)
-        vs = _load(v, t, read, HV * V, i_v * BV, C, V, BV)
+        if TMA:                                                  # whole chunks of rows that lie as the hardware wants them
+            y = start.to(tl.int32) + t
+            qs, ks, vs = q.load([y, hq * K]), k.load([y, hk * K]), v.load([y, hv * V + i_v * BV])
+        else:
+            qs, ks = _load(q, t, read, HQ * K, 0, C, K, BK), _load(k, t, read, HK * K, 0, C, K, BK)
+            vs = _load(v, t, read, HV * V, i_v * BV, C, V, BV)
         A = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
         P = tl.where(far >= 0, A * D, 0.0).to(vs.dtype)
         O = tl.dot(qs, S.to(qs.dtype), input_precision=PRECISION) * dq[:, None]
         O = tl.dot(P, vs, O, input_precision=PRECISION)
-        row = t + tl.arange(0, C)[:, None]
-        tl.store(o + t.to(tl.int64) * (H * V) + tl.arange(0, C)[:, None] * (H * V) + cv, O.to(vs.dtype), mask=(row >= 0) & (row < tokens) & (cv < V))
+        row = tl.arange(0, C)[:, None]
+        at = o + t.to(tl.int64) * (H * V) + row * (H * V) + cv
+        if TMA:
+            tl.store(at, O.to(vs.dtype))
+        else:
+            tl.store(at, O.to(vs.dtype), mask=(t + row >= 0) & (t + row < tokens) & (cv < V))
         dk = tl.exp2(gm * tl.maximum(m - 1 - rank + POST, 0)) * gain
         S = tl.dot(tl.trans(ks), (vs * dk[:, None]).to(vs.dtype), S * tl.exp2(gm * m), input_precision=PRECISION)
     if last != 0:
@@ -761,14 +771,7 @@ def _launch(kernel, *arrays, out, programs, **arguments):
 
 def _scan_triton(op, q, k, v, g, s0, cu):
     K, V, dtype = q.shape[3], v.shape[3], q.dtype
-    pad = lambda d: -d % (16 // dtype.itemsize)                  # descriptors want rows of 16 bytes
-    if pad(K) or pad(V):
-        wide = lambda x, d: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad(d))])
-        s0 = None if s0 is None else jnp.pad(s0, [(0, 0)] * 3 + [(0, pad(K)), (0, pad(V))])
-        o, s = _scan_triton(op, wide(q, K), wide(k, K), wide(v, V), g, s0, cu)
-        return o[..., :V], s[..., :K, :V]
-
-    (B, T), H, n = q.shape[:2], g.shape[1], 1 if cu is None else cu.shape[1] - 1
+    (B, T), HQ, H, n = q.shape[:2], q.shape[2], g.shape[1], 1 if cu is None else cu.shape[1] - 1
     arch, processors = _gpu()
     config = _config(K, V, dtype.itemsize, T, _SHARED_MEMORY.get(arch, 99))
     BK, BV, C = _block(K), config.BV, config.C
@@ -795,6 +798,11 @@ def _scan_triton(op, q, k, v, g, s0, cu):
         s = jnp.einsum("brhkv,bhr->bhkv", z, jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, R)), precision="highest")
         return jnp.zeros((B, 0, H, V), dtype), s[:, None]
     out = jax.ShapeDtypeStruct((B, T, H, V), dtype), jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
+    # descriptors made by the host: the GPU's own would need scratch memory, which a launch inside a CUDA graph does not get
+    tma = (arch in ("sm_90", "sm_100", "sm_120") and cu is None and T % C == 0 and B * T < 2**31 and K == BK and V == _block(V))
+    if tma:
+        view = lambda x, D, width: jax_triton.TensorDescriptor(x, (B * T, x.shape[2] * D), (x.shape[2] * D, 1), (C, width))
+        q, k, v = view(q, K, BK), view(k, K, BK), view(v, V, BV)
     return _launch(_scan_kernel, q, k, v, g, g if s0 is None else s0, z, table, out=out, programs=B * R * H * tiles, n=n,
-                   HQ=q.shape[2], scale=op.scale, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=config.num_warps,
+                   HQ=HQ, scale=op.scale, BK=BK, BV=BV, HAS_S0=s0 is not None, TMA=tma, num_warps=config.num_warps,
                    num_stages=config.num_stages, **shared)

@@ -35,7 +35,9 @@ HAS_TRITON = la.triton is not None
 class Host:
     """A numpy array with the few tensor methods that Triton's interpreter calls."""
 
-    def __init__(self, array): self.array, self.dtype = array, str(array.dtype)
+    def __init__(self, array):
+        self.array, self.dtype = array, type("DType", (str,), {"itemsize": array.dtype.itemsize})(array.dtype)
+
     def data_ptr(self): return self.array.ctypes.data
     def untyped_storage(self): return self
     def cpu(self): return self
@@ -51,6 +53,7 @@ def interpreted():
     """lightning_attn.py once more, its kernels run by Triton's interpreter through the file's own launch code."""
     import triton
     from triton.runtime import interpreter
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     # the interpreter holds bfloat16 as bits: widen what is multiplied, and round to nearest as hardware does
     builder, lock = interpreter.InterpreterBuilder, threading.Lock()
@@ -76,17 +79,18 @@ def interpreted():
 
     def triton_call(*args, kernel, out_type, grid, num_warps, num_stages, backend_options, **constants):
         leaves, tree = jax.tree.flatten(out_type)
-        is_array = [isinstance(x, jax.Array) for x in args]
+        described = [isinstance(x, la.jax_triton.TensorDescriptor) for x in args]
 
         def run(*arrays):
-            arrays = iter(arrays)
-            host = [Host(aligned(np.asarray(next(arrays)))) if a else x for a, x in zip(is_array, args)]
+            host = [Host(aligned(np.asarray(x))) for x in arrays]
+            host = [TensorDescriptor(x, list(d.shape), list(d.strides), list(d.block_shape)) if is_d else x
+                    for x, d, is_d in zip(host, args, described)]
             out = [aligned(np.full(x.shape, np.nan, x.dtype)) for x in leaves]             # what is not written shows
             with lock, np.errstate(all="ignore"):
                 kernel[grid](*host, *map(Host, out), **constants)
             return tuple(out)
 
-        out = jax.pure_callback(run, tuple(leaves), *(x for a, x in zip(is_array, args) if a))
+        out = jax.pure_callback(run, tuple(leaves), *(x.base if is_d else x for x, is_d in zip(args, described)))
         return jax.tree.unflatten(tree, out)
 
     triton.knobs.runtime.interpret = True
@@ -97,7 +101,7 @@ def interpreted():
         spec.loader.exec_module(module)
     finally:
         triton.knobs.runtime.interpret = False
-    module.jax_triton = types.SimpleNamespace(triton_call=triton_call)
+    module.jax_triton = types.SimpleNamespace(triton_call=triton_call, TensorDescriptor=la.jax_triton.TensorDescriptor)
     return module
 
 
@@ -759,18 +763,22 @@ def test_snippets_of_the_readme():
 
 def launches(arch, run):
     """What tracing `run` would launch on a GPU of that architecture: (kernel, types and values of its arguments, options)."""
-    found = []
+    found, TensorDescriptor = [], la.jax_triton.TensorDescriptor
     names = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
 
     def record(*arrays, kernel, out_type, grid, backend_options, **arguments):
         out = jax.tree.leaves(out_type)
         options = {n: arguments.pop(n) for n in ("num_warps", "num_stages")} | backend_options
-        pointers = dict(zip(kernel.arg_names, [names[str(x.dtype)] for x in (*arrays, *out)]))
+        def kind(x):
+            if isinstance(x, TensorDescriptor):
+                return f"tensordesc<{names[str(x.base.dtype)][1:]}{list(x.block_shape)}>"
+            return names[str(x.dtype)]
+        pointers = dict(zip(kernel.arg_names, map(kind, (*arrays, *out))))
         found.append((kernel, pointers, arguments, options))
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(la, "jax_triton", types.SimpleNamespace(triton_call=record))
+        m.setattr(la, "jax_triton", types.SimpleNamespace(triton_call=record, TensorDescriptor=TensorDescriptor))
         m.setattr(la, "_gpu", lambda: (arch, 132))
         jax.clear_caches()
         jax.eval_shape(run)
@@ -787,7 +795,7 @@ def build(kernel, pointers, arguments, options, arch):
     fixed = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
     signature = {n: pointers[n] if n in pointers else "constexpr" if n in fixed else "fp32" if isinstance(arguments[n], float) else "i32"
                  for n in kernel.arg_names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in pointers}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}
     built = triton.compile(ASTSource(kernel, signature, fixed, attributes), target=target, options=dict(options))
     return built.metadata.shared
 
