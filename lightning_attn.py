@@ -672,7 +672,7 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABL
         q += (start * HQ + hq) * K
         k += (start * HK + hk) * K
         v += (start * HV + hv) * V
-    o += (start * H + h) * V
+        o += (start * H + h) * V
 
     ck, cv = tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
     inside = (ck < K) & (cv < V)
@@ -708,17 +708,39 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABL
         P = tl.where(far >= 0, A * D, 0.0).to(vs.dtype)
         O = tl.dot(qs, S.to(qs.dtype), input_precision=PRECISION) * dq[:, None]
         O = tl.dot(P, vs, O, input_precision=PRECISION)
-        row = tl.arange(0, C)[:, None]
-        at = o + t.to(tl.int64) * (H * V) + row * (H * V) + cv
         if TMA:
-            tl.store(at, O.to(vs.dtype))
+            o.store([y, h * V + i_v * BV], O.to(vs.dtype))
         else:
-            tl.store(at, O.to(vs.dtype), mask=(t + row >= 0) & (t + row < tokens) & (cv < V))
+            row = tl.arange(0, C)[:, None]
+            mine = (t + row >= 0) & (t + row < tokens) & (cv < V)
+            tl.store(o + t.to(tl.int64) * (H * V) + row * (H * V) + cv, O.to(vs.dtype), mask=mine)
         dk = tl.exp2(gm * tl.maximum(m - 1 - rank + POST, 0)) * gain
         S = tl.dot(tl.trans(ks), (vs * dk[:, None]).to(vs.dtype), S * tl.exp2(gm * m), input_precision=PRECISION)
     if last != 0:
         if sequence >= 0:
             tl.store(s + state, S, mask=inside)
+
+
+@_kernel
+def _step_kernel(q, k, v, g, s0, o, s, H, HQ, HK, HV, G_STRIDE, scale, gain, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                 BV: tl.constexpr, POST: tl.constexpr, HAS_S0: tl.constexpr):
+    """`_scan_kernel` for sequences of one token: nothing to multiply as matrices, so the state passes through once, as it lies."""
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i = tl.program_id(0)
+    i_v, i = i % NV, i // NV
+    h, b = i % H, (i // H).to(tl.int64)
+    decay = tl.exp(tl.load(g + b * G_STRIDE + h))
+    ck, cv = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    qs = tl.load(q + (b * HQ + h // (H // HQ)) * K + ck, mask=ck < K, other=0.0).to(tl.float32)
+    ks = tl.load(k + (b * HK + h // (H // HK)) * K + ck, mask=ck < K, other=0.0).to(tl.float32)
+    vs = tl.load(v + (b * HV + h // (H // HV)) * V + cv, mask=cv < V, other=0.0).to(tl.float32)
+    at = (b * H + h) * K * V + ck[:, None] * V + cv[None, :]
+    inside = (ck < K)[:, None] & (cv < V)[None, :]
+    S = ks[:, None] * (vs * gain)[None, :]
+    if HAS_S0:
+        S += tl.load(s0 + at, mask=inside, other=0.0) * (1.0 if POST else decay)
+    tl.store(o + (b * H + h) * V + cv, (tl.sum(qs[:, None] * S, 0) * scale).to(o.dtype.element_ty), mask=cv < V)
+    tl.store(s + at, S * decay if POST else S, mask=inside)
 
 
 # Their launch -------------------------------------------------------------------------------------------------------------------
@@ -764,9 +786,11 @@ def _gpu():
         return "sm_90", 132
 
 
-def _launch(kernel, *arrays, out, programs, **arguments):
-    return jax_triton.triton_call(*arrays, kernel=kernel, out_type=out, grid=(programs,),
-                                  backend_options={"enable_fp_fusion": True}, **arguments)
+def _launch(kernel, *arrays, out, programs, aliases={}, **arguments):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "input_output_aliases", DeprecationWarning)            # its successor is an effect
+        return jax_triton.triton_call(*arrays, kernel=kernel, out_type=out, grid=(programs,), input_output_aliases=aliases,
+                                      backend_options={"enable_fp_fusion": True}, **arguments)
 
 
 def _scan_triton(op, q, k, v, g, s0, cu):
@@ -776,8 +800,16 @@ def _scan_triton(op, q, k, v, g, s0, cu):
     config = _config(K, V, dtype.itemsize, T, _SHARED_MEMORY.get(arch, 99))
     BK, BV, C = _block(K), config.BV, config.C
     tiles = -(-V // BV)
-    # as many segments as fill the GPU once: more would only add passes over states
-    segments = max(1, 2 * processors // (B * H * tiles))
+    out = jax.ShapeDtypeStruct((B, T, H, V), dtype), jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
+    if T == 1 and cu is None and not op.only_state:
+        BV = min(_block(V), max(16, 8192 // BK))
+        return _launch(_step_kernel, q, k, v, g, g if s0 is None else s0, out=out, programs=B * H * -(-V // BV), H=H, HQ=HQ,
+                       HK=k.shape[2], HV=v.shape[2], G_STRIDE=H if g.shape[0] > 1 else 0, scale=op.scale, gain=op.gain, K=K, V=V, BK=BK,
+                       BV=BV, POST=int(op.post), HAS_S0=s0 is not None, num_warps=4, num_stages=1)
+
+    # segments for two rounds of two programs a processor, so that short ones (heads that forget) make room early; but none so short
+    # that its state costs more than its tokens
+    segments = max(1, min(4 * processors // (B * H * tiles), T // 512))
     L = -(-T // (segments * C)) * C
     table = g if cu is None else _tables(T, cu, L, op.reverse)    # g where it is not read
     R = -(-T // L) if cu is None else table.shape[1]
@@ -797,12 +829,13 @@ def _scan_triton(op, q, k, v, g, s0, cu):
         after = jnp.maximum(T - L * (1 + jnp.arange(R)), 0)      # tokens after each segment
         s = jnp.einsum("brhkv,bhr->bhkv", z, jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, R)), precision="highest")
         return jnp.zeros((B, 0, H, V), dtype), s[:, None]
-    out = jax.ShapeDtypeStruct((B, T, H, V), dtype), jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
     # descriptors made by the host: the GPU's own would need scratch memory, which a launch inside a CUDA graph does not get
     tma = (arch in ("sm_90", "sm_100", "sm_120") and cu is None and T % C == 0 and B * T < 2**31 and K == BK and V == _block(V))
-    if tma:
+    operands, aliases = (q, k, v, g, g if s0 is None else s0, z, table), {}
+    if tma:                                                      # an output has a descriptor where it is an input that is written
         view = lambda x, D, width: jax_triton.TensorDescriptor(x, (B * T, x.shape[2] * D), (x.shape[2] * D, 1), (C, width))
-        q, k, v = view(q, K, BK), view(k, K, BK), view(v, V, BV)
-    return _launch(_scan_kernel, q, k, v, g, g if s0 is None else s0, z, table, out=out, programs=B * R * H * tiles, n=n,
+        o = view(lax.empty((B, T, H, V), dtype), V, BV)
+        operands, aliases = (view(q, K, BK), view(k, K, BK), view(v, V, BV), *operands[3:], o), {7: 0}
+    return _launch(_scan_kernel, *operands, out=out, aliases=aliases, programs=B * R * H * tiles, n=n,
                    HQ=HQ, scale=op.scale, BK=BK, BV=BV, HAS_S0=s0 is not None, TMA=tma, num_warps=config.num_warps,
                    num_stages=config.num_stages, **shared)
