@@ -672,7 +672,7 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABL
         q += (start * HQ + hq) * K
         k += (start * HK + hk) * K
         v += (start * HV + hv) * V
-        o += (start * H + h) * V
+    o += (start * H + h) * V
 
     ck, cv = tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
     inside = (ck < K) & (cv < V)
@@ -708,12 +708,12 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABL
         P = tl.where(far >= 0, A * D, 0.0).to(vs.dtype)
         O = tl.dot(qs, S.to(qs.dtype), input_precision=PRECISION) * dq[:, None]
         O = tl.dot(P, vs, O, input_precision=PRECISION)
+        row = tl.arange(0, C)[:, None]
+        at = o + t.to(tl.int64) * (H * V) + row * (H * V) + cv
         if TMA:
-            o.store([y, h * V + i_v * BV], O.to(vs.dtype))
+            tl.store(at, O.to(vs.dtype))
         else:
-            row = tl.arange(0, C)[:, None]
-            mine = (t + row >= 0) & (t + row < tokens) & (cv < V)
-            tl.store(o + t.to(tl.int64) * (H * V) + row * (H * V) + cv, O.to(vs.dtype), mask=mine)
+            tl.store(at, O.to(vs.dtype), mask=(t + row >= 0) & (t + row < tokens) & (cv < V))
         dk = tl.exp2(gm * tl.maximum(m - 1 - rank + POST, 0)) * gain
         S = tl.dot(tl.trans(ks), (vs * dk[:, None]).to(vs.dtype), S * tl.exp2(gm * m), input_precision=PRECISION)
     if last != 0:
@@ -786,11 +786,9 @@ def _gpu():
         return "sm_90", 132
 
 
-def _launch(kernel, *arrays, out, programs, aliases={}, **arguments):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "input_output_aliases", DeprecationWarning)            # its successor is an effect
-        return jax_triton.triton_call(*arrays, kernel=kernel, out_type=out, grid=(programs,), input_output_aliases=aliases,
-                                      backend_options={"enable_fp_fusion": True}, **arguments)
+def _launch(kernel, *arrays, out, programs, **arguments):
+    return jax_triton.triton_call(*arrays, kernel=kernel, out_type=out, grid=(programs,),
+                                  backend_options={"enable_fp_fusion": True}, **arguments)
 
 
 def _scan_triton(op, q, k, v, g, s0, cu):
@@ -831,11 +829,9 @@ def _scan_triton(op, q, k, v, g, s0, cu):
         return jnp.zeros((B, 0, H, V), dtype), s[:, None]
     # descriptors made by the host: the GPU's own would need scratch memory, which a launch inside a CUDA graph does not get
     tma = (arch in ("sm_90", "sm_100", "sm_120") and cu is None and T % C == 0 and B * T < 2**31 and K == BK and V == _block(V))
-    operands, aliases = (q, k, v, g, g if s0 is None else s0, z, table), {}
-    if tma:                                                      # an output has a descriptor where it is an input that is written
+    if tma:                                                      # (outputs would have to be inputs, which XLA may copy)
         view = lambda x, D, width: jax_triton.TensorDescriptor(x, (B * T, x.shape[2] * D), (x.shape[2] * D, 1), (C, width))
-        o = view(lax.empty((B, T, H, V), dtype), V, BV)
-        operands, aliases = (view(q, K, BK), view(k, K, BK), view(v, V, BV), *operands[3:], o), {7: 0}
-    return _launch(_scan_kernel, *operands, out=out, aliases=aliases, programs=B * R * H * tiles, n=n,
+        q, k, v = view(q, K, BK), view(k, K, BK), view(v, V, BV)
+    return _launch(_scan_kernel, q, k, v, g, g if s0 is None else s0, z, table, out=out, programs=B * R * H * tiles, n=n,
                    HQ=HQ, scale=op.scale, BK=BK, BV=BV, HAS_S0=s0 is not None, TMA=tma, num_warps=config.num_warps,
                    num_stages=config.num_stages, **shared)
