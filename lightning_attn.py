@@ -38,6 +38,9 @@ try:
     import jax_triton
     import triton
     import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
 except ImportError:                                              # macOS, TPU hosts: the plain-JAX path is all there is
     triton = None
 
@@ -583,11 +586,13 @@ def _scan_xla(op, q, k, v, g, s0, cu):
 
 
 # The kernels --------------------------------------------------------------------------------------------------------------------
+#
+# They hold S^T, [V, K]: o^T = S^T q^T then takes it from the registers that it is summed in, and of all that is multiplied in a
+# chunk only the [C, C] scores pass through shared memory. z, which no one else reads, is kept as [V, K] too.
 
-_kernel = triton.jit if triton else lambda f: f
+_kernel, _gluon = (triton.jit, gluon.jit) if triton else (lambda f: f,) * 2
 
 
-@_kernel
 def _segment(table, r, R, T, L, REVERSE: tl.constexpr, PACKED: tl.constexpr):
     """Row r of `_table`, read or, for a plain batch, worked out: that saves it a launch and a wait for memory."""
     if PACKED:
@@ -598,6 +603,25 @@ def _segment(table, r, R, T, L, REVERSE: tl.constexpr, PACKED: tl.constexpr):
         tokens = tl.minimum(T - r * L, L)
         first = T - r * L - tokens if REVERSE else r * L
         return first, tokens, tokens, 0, r, (r == R - 1).to(tl.int32), r
+
+
+def _enter(S, z, s0, before, state, inside, place, sequence, stride, dL, HAS_S0: tl.constexpr):
+    """S plus the state that a segment starts from: those that the `place` segments before it left, the nearest at z + before, and the
+    sequence's own at s0 + state, decayed."""
+    w = 1.0
+    for j in range(place):
+        if w > 0:
+            S += w * tl.load(z + (before - j * stride), mask=inside, other=0.0)
+        w *= dL
+    if HAS_S0:
+        if sequence >= 0:
+            if w > 0:
+                S += w * tl.load(s0 + state, mask=inside, other=0.0)
+    return S
+
+
+_segment_gluon, _enter_gluon = _gluon(_segment), _gluon(_enter)
+_segment, _enter = _kernel(_segment), _kernel(_enter)
 
 
 @_kernel
@@ -614,7 +638,7 @@ def _load(x, t, read, stride, column, C: tl.constexpr, D: tl.constexpr, BD: tl.c
 def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE, Z, gain,
                    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                    REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
-    """z = gain sum_j e^{g(L-1-j)} k_j v_j^T over a segment of L tokens (POST: e^{g(L-j)}); LAST: those that none follows, too.
+    """z^T = gain sum_j e^{g(L-1-j)} v_j k_j^T over a segment of L tokens (POST: e^{g(L-j)}); LAST: those that none follows, too.
 
     A weight that is 0 in float32 belongs to a token that is not read: for most heads that is most of the segment."""
     NK: tl.constexpr = (K + BK - 1) // BK
@@ -634,24 +658,23 @@ def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE
     rank = tl.arange(0, C)
     if REVERSE:
         rank = C - 1 - rank
-    n = (tokens + C - 1) // C
-    live = tl.minimum(tl.ceil(150.0 / tl.maximum(-gm, 1e-6) / C) + 1, n * 1.0).to(tl.int32)
-    S = tl.full([BK, BV], 0.0, tl.float32)
-    for c in range(n - live, n):
+    c_end = (tokens + C - 1) // C
+    live = tl.minimum(tl.ceil(150.0 / tl.maximum(-gm, 1e-6) / C) + 1, c_end * 1.0).to(tl.int32)
+    S = tl.full([BV, BK], 0.0, tl.float32)
+    for c in range(c_end - live, c_end):
         m = tl.minimum(tokens - c * C, C)
         t = tokens - c * C - C if REVERSE else c * C
         ks, vs = _load(k, t, read, HK * K, i_k * BK, C, K, BK), _load(v, t, read, HV * V, i_v * BV, C, V, BV)
         dk = tl.exp2(gm * tl.maximum(m - 1 - rank + POST, 0)) * gain
-        S = tl.dot(tl.trans(ks), (vs * dk[:, None]).to(vs.dtype), S * tl.exp2(gm * m), input_precision=PRECISION)
-    ck, cv = i_k * BK + tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
-    tl.store(z + ((b * Z + slot) * H + h) * K * V + ck * V + cv, S, mask=(ck < K) & (cv < V))
+        S = tl.dot(tl.trans((vs * dk[:, None]).to(vs.dtype)), ks, S * tl.exp2(gm * m), input_precision=PRECISION)
+    ck, cv = i_k * BK + tl.arange(0, BK)[None, :], i_v * BV + tl.arange(0, BV)[:, None]
+    tl.store(z + ((b * Z + slot) * H + h) * K * V + cv * K + ck, S, mask=(ck < K) & (cv < V))
 
 
 @_kernel
 def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, Z, scale, gain,
                  K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                 REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, HAS_S0: tl.constexpr,
-                 TMA: tl.constexpr, PRECISION: tl.constexpr):
+                 REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, HAS_S0: tl.constexpr, PRECISION: tl.constexpr):
     """o_i = scale (e^{g(i+1)} q_i S + gain sum_{j<=i} e^{g(i-j)} (q_i.k_j) v_j), S' = e^{gm} S + gain sum_j e^{g(m-1-j)} k_j v_j^T, chunk
     by chunk over one segment, for one head and BV of the V columns; i, j in scan order, m tokens in the chunk (POST: e^{gi} q_i S
     and e^{g(m-j)} k_j v_j^T).
@@ -667,58 +690,192 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABL
         return
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
     start = b * T + first
-    hq, hk, hv = h // (H // HQ), h // (H // HK), h // (H // HV)
-    if not TMA:
-        q += (start * HQ + hq) * K
-        k += (start * HK + hk) * K
-        v += (start * HV + hv) * V
+    q += (start * HQ + h // (H // HQ)) * K
+    k += (start * HK + h // (H // HK)) * K
+    v += (start * HV + h // (H // HV)) * V
     o += (start * H + h) * V
 
-    ck, cv = tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
+    ck, cv = tl.arange(0, BK)[None, :], i_v * BV + tl.arange(0, BV)[:, None]
     inside = (ck < K) & (cv < V)
     state = ((b * n + sequence) * H + h) * K * V + ck * V + cv
-    S = tl.full([BK, BV], 0.0, tl.float32)
-    w = 1.0                                                      # weight of the state that the segment `j + 1` before this left
-    dL = tl.exp2(gm * L)
-    for j in range(place):
-        if w > 0:
-            S += w * tl.load(z + ((b * Z + slot - 1 - j) * H + h) * K * V + ck * V + cv, mask=inside, other=0.0)
-        w *= dL
-    if HAS_S0:
-        if sequence >= 0:
-            if w > 0:
-                S += w * tl.load(s0 + state, mask=inside, other=0.0)
+    S = _enter(tl.full([BV, BK], 0.0, tl.float32), z, s0, ((b * Z + slot - 1) * H + h) * K * V + cv * K + ck, state,
+               inside, place, sequence, H * K * V, tl.exp2(gm * L), HAS_S0)
 
     rank = tl.arange(0, C)
     if REVERSE:
         rank = C - 1 - rank
-    far = rank[:, None] - rank[None, :]
-    D = tl.exp2(gm * tl.maximum(far, 0)) * (scale * gain)
+    far = rank[None, :] - rank[:, None]                          # [j, i]
+    D = tl.where(far >= 0, tl.exp2(gm * tl.maximum(far, 0)) * (scale * gain), 0.0)
     dq = tl.exp2(gm * (rank + 1 - POST)) * scale
     for c in range((tokens + C - 1) // C):
-        m = C if TMA else tl.minimum(tokens - c * C, C)
+        m = tl.minimum(tokens - c * C, C)
         t = tokens - c * C - C if REVERSE else c * C
-        if TMA:                                                  # whole chunks of rows that lie as the hardware wants them
-            y = start.to(tl.int32) + t
-            qs, ks, vs = q.load([y, hq * K]), k.load([y, hk * K]), v.load([y, hv * V + i_v * BV])
-        else:
-            qs, ks = _load(q, t, read, HQ * K, 0, C, K, BK), _load(k, t, read, HK * K, 0, C, K, BK)
-            vs = _load(v, t, read, HV * V, i_v * BV, C, V, BV)
-        A = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
-        P = tl.where(far >= 0, A * D, 0.0).to(vs.dtype)
-        O = tl.dot(qs, S.to(qs.dtype), input_precision=PRECISION) * dq[:, None]
-        O = tl.dot(P, vs, O, input_precision=PRECISION)
-        row = tl.arange(0, C)[:, None]
-        at = o + t.to(tl.int64) * (H * V) + row * (H * V) + cv
-        if TMA:
-            tl.store(at, O.to(vs.dtype))
-        else:
-            tl.store(at, O.to(vs.dtype), mask=(t + row >= 0) & (t + row < tokens) & (cv < V))
+        qs, ks = _load(q, t, read, HQ * K, 0, C, K, BK), _load(k, t, read, HK * K, 0, C, K, BK)
+        vs = _load(v, t, read, HV * V, i_v * BV, C, V, BV)
+        P = tl.dot(ks, tl.trans(qs), input_precision=PRECISION) * D
+        O = tl.dot(S.to(qs.dtype), tl.trans(qs), input_precision=PRECISION) * dq[None, :]
+        O = tl.dot(tl.trans(vs), P.to(vs.dtype), O, input_precision=PRECISION)
+        row, col = tl.arange(0, C)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
+        tl.store(o + t.to(tl.int64) * (H * V) + row * (H * V) + col, tl.trans(O).to(vs.dtype),
+                 mask=(t + row >= 0) & (t + row < tokens) & (col < V))
         dk = tl.exp2(gm * tl.maximum(m - 1 - rank + POST, 0)) * gain
-        S = tl.dot(tl.trans(ks), (vs * dk[:, None]).to(vs.dtype), S * tl.exp2(gm * m), input_precision=PRECISION)
+        S = tl.dot(tl.trans((vs * dk[:, None]).to(vs.dtype)), ks, S * tl.exp2(gm * m), input_precision=PRECISION)
     if last != 0:
         if sequence >= 0:
             tl.store(s + state, S, mask=inside)
+
+
+# The same scan for 16-bit operands on Hopper, in Gluon, because Triton waits for each product and for each copy through shared
+# memory before it starts the next. Here the tensor memory accelerator fetches chunks ahead, and products run while what does
+# not need them goes on. Warps own 16 rows of S^T each; [C, BV] outputs are turned in shared memory to leave in whole lines.
+
+@_gluon
+def _fetch(qd, kd, vd, full, qs, ks, vs, row, hq, hk, hv, column):
+    hopper.mbarrier.expect(full, qd.nbytes_per_cta + kd.nbytes_per_cta + vd.nbytes_per_cta)
+    hopper.tma.async_load(qd, [row, hq, 0], full, qs)
+    hopper.tma.async_load(kd, [row, hk, 0], full, ks)
+    hopper.tma.async_load(vd, [row, hv, column], full, vs)
+
+
+@_gluon
+def _multiply(qs, ks, vs, ps, S, D, dq, dk, dS, LO: gl.constexpr, LP: gl.constexpr):
+    """o^T and S'^T of a chunk, still being summed when this returns, and the operands that they read from registers."""
+    dtype: gl.constexpr = ks.dtype
+    AO: gl.constexpr = gl.DotOperandLayout(0, LO, 2)
+    AS: gl.constexpr = gl.DotOperandLayout(0, S.type.layout, 2)
+    Sb = gl.convert_layout(S.to(dtype), AO)
+    qt = qs.permute((1, 0))
+    P = hopper.warpgroup_mma(ks, qt, gl.full([ks.shape[0], qs.shape[0]], 0.0, gl.float32, LP), use_acc=False, is_async=True)
+    O = hopper.warpgroup_mma(Sb, qt, gl.full([vs.shape[1], qs.shape[0]], 0.0, gl.float32, LO), use_acc=False, is_async=True)
+    P = hopper.warpgroup_mma_wait(1, [P])
+    ps.store((P * D).to(dtype))
+    vt = vs.permute((1, 0)).load(AS)
+    vw = (vt.to(gl.float32) * dk[None, :]).to(dtype)
+    vt = gl.convert_layout(vt, AO)
+    O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
+    gl.barrier()                                                 # scores are all there, and every warp is past the last chunk
+    O = hopper.warpgroup_mma(vt, ps, O * dq[None, :], is_async=True)
+    S = hopper.warpgroup_mma(vw, ks, S * dS, is_async=True)
+    return O, vt, S, vw
+
+
+@_gluon
+def _put(o, os, O, t, tokens, column, HV_STRIDE, V: gl.constexpr, W: gl.constexpr):
+    """Stores O^T as rows t .. of o, those from 0 to `tokens`."""
+    C: gl.constexpr = os.shape[0]
+    BV: gl.constexpr = os.shape[1]
+    LB: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BV, BV // 8], [W, 1], [1, 0])
+    os.permute((1, 0)).store(O.to(os.dtype))
+    row = t + gl.arange(0, C, gl.SliceLayout(1, LB))[:, None]
+    col = column + gl.arange(0, BV, gl.SliceLayout(0, LB))[None, :]
+    gl.store(o + row.to(gl.int64) * HV_STRIDE + col, os.load(LB), mask=(row >= 0) & (row < tokens) & (col < V))
+
+
+@_gluon
+def _take(xs, x, t, read, stride, column, D: gl.constexpr, W: gl.constexpr):
+    """`_load` into shared memory."""
+    C: gl.constexpr = xs.shape[0]
+    BD: gl.constexpr = xs.shape[1]
+    LB: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [W, 1], [1, 0])
+    row = t + gl.arange(0, C, gl.SliceLayout(1, LB))[:, None]
+    col = column + gl.arange(0, BD, gl.SliceLayout(0, LB))[None, :]
+    xs.store(gl.load(x + row.to(gl.int64) * stride + col, mask=(row >= 0) & (row < read) & (col < D), other=0.0))
+
+
+@_gluon
+def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, Z, scale, gain,
+                   K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+                   REVERSE: gl.constexpr, POST: gl.constexpr, PACKED: gl.constexpr, HAS_S0: gl.constexpr):
+    """`_scan_kernel`, line by line; qd, kd, vd describe q, k, v as [B T, heads, head dim]."""
+    W: gl.constexpr = BV // 16                                   # warps
+    LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BK, 16])              # S^T [BV, BK]
+    LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, C, 16])               # o^T [BV, C]
+    LP: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, 4 * C // W, 16])  # scores [j, i]
+    NV: gl.constexpr = (V + BV - 1) // BV
+    i = gl.program_id(0)
+    i_v, i = i % NV, i // NV
+    h, i = i % H, i // H
+    r, b = i % R, (i // R).to(gl.int64)
+    first, tokens, read, sequence, place, last, slot = _segment_gluon(table + b * TABLE_STRIDE, r, R, T, L, REVERSE, PACKED)
+    if tokens < 0:
+        return
+    gm = (gl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(gl.float32)
+    start = b * T + first
+    hq, hk, hv, column = h // (H // HQ), h // (H // HK), h // (H // HV), i_v * BV
+    q += (start * HQ + hq) * K
+    k += (start * HK + hk) * K
+    v += (start * HV + hv) * V
+    o += (start * H + h) * V
+
+    ck = gl.arange(0, BK, gl.SliceLayout(0, LS))[None, :]
+    cv = column + gl.arange(0, BV, gl.SliceLayout(1, LS))[:, None]
+    inside = (ck < K) & (cv < V)
+    state = ((b * n + sequence) * H + h) * K * V + ck * V + cv
+    S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LS), z, s0, ((b * Z + slot - 1) * H + h) * K * V + cv * K + ck, state,
+                     inside, place, sequence, H * K * V, gl.exp2(gm * L), HAS_S0)
+
+    dtype: gl.constexpr = qd.dtype
+    qb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], qd.layout)
+    kb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], kd.layout)
+    vb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BV], vd.layout)
+    ps = gl.allocate_shared_memory(dtype, [C, C], gl.NVMMASharedLayout(128, 16, 2))
+    os = gl.allocate_shared_memory(dtype, [C, BV], gl.NVMMASharedLayout(128, 16, 2))
+    full = hopper.mbarrier.allocate_mbarrier(batch=STAGES)
+    for c in gl.static_range(STAGES):
+        hopper.mbarrier.init(full.index(c), count=1)
+    hopper.fence_async_shared()
+    gl.barrier()
+    whole = read // C
+    there = start.to(gl.int32) + (tokens - C if REVERSE else 0)   # row of the first chunk
+    forth: gl.constexpr = -C if REVERSE else C
+    for c in range(gl.minimum(whole, STAGES)):
+        _fetch(qd, kd, vd, full.index(c), qb.index(c), kb.index(c), vb.index(c), there + c * forth, hq, hk, hv, column)
+
+    i = gl.arange(0, C, gl.SliceLayout(0, LP))[None, :]
+    j = gl.arange(0, C, gl.SliceLayout(1, LP))[:, None]
+    rank_q = gl.arange(0, C, gl.SliceLayout(0, LO))
+    rank_k = gl.arange(0, C, gl.SliceLayout(0, gl.DotOperandLayout(0, LS, 2)))
+    if REVERSE:
+        i, j, rank_q, rank_k = C - 1 - i, C - 1 - j, C - 1 - rank_q, C - 1 - rank_k
+    D = gl.where(i >= j, gl.exp2(gm * gl.maximum(i - j, 0)) * (scale * gain), 0.0)
+    dq = gl.exp2(gm * (rank_q + 1 - POST)) * scale
+    dk = gl.exp2(gm * (C - 1 - rank_k + POST)) * gain
+    dS = gl.exp2(gm * C)
+    c, stage, phase = 0, 0, 0
+    while c < whole:                                             # (of a `for`, Triton's pipeliner waits for each product)
+        hopper.mbarrier.wait(full.index(stage), phase)
+        qs, ks, vs = qb.index(stage).reshape([C, BK]), kb.index(stage).reshape([C, BK]), vb.index(stage).reshape([C, BV])
+        O, vt, S, vw = _multiply(qs, ks, vs, ps, S, D, dq, dk, dS, LO, LP)
+        if (c > 0) & (c - 1 + STAGES < whole):                   # the buffers of the last chunk are free
+            free = (stage + STAGES - 1) % STAGES
+            _fetch(qd, kd, vd, full.index(free), qb.index(free), kb.index(free), vb.index(free), there + (c - 1 + STAGES) * forth,
+                   hq, hk, hv, column)
+        O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
+        _put(o, os, O, tokens - C - c * C if REVERSE else c * C, tokens, column, H * V, V, W)
+        S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
+        c += 1
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+    while c < (tokens + C - 1) // C:                             # the ragged end of a sequence; padding, for which zeros are stored
+        m = tokens - c * C
+        t = m - C if REVERSE else c * C
+        qs, ks, vs = qb.index(0).reshape([C, BK]), kb.index(0).reshape([C, BK]), vb.index(0).reshape([C, BV])
+        _take(qs, q, t, read, HQ * K, 0, K, W)
+        _take(ks, k, t, read, HK * K, 0, K, W)
+        _take(vs, v, t, read, HV * V, column, V, W)
+        hopper.fence_async_shared()
+        gl.barrier()
+        dk = gl.exp2(gm * gl.maximum(gl.minimum(m, C) - 1 - rank_k + POST, 0)) * gain
+        O, vt, S, vw = _multiply(qs, ks, vs, ps, S, D, dq, dk, gl.exp2(gm * gl.minimum(m, C)), LO, LP)
+        O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
+        _put(o, os, O, t, tokens, column, H * V, V, W)
+        S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
+        c += 1
+    if last != 0:
+        if sequence >= 0:
+            gl.store(s + state, S, mask=inside)
 
 
 @_kernel
@@ -747,28 +904,34 @@ def _step_kernel(q, k, v, g, s0, o, s, H, HQ, HK, HV, G_STRIDE, scale, gain, K: 
 
 @dataclasses.dataclass(frozen=True)
 class _Config:
-    """How the scan kernel is launched. Chosen by `_config` alone; `bench.py --tune` measures what it should choose."""
+    """How the scan is launched. Chosen by `_config` alone; `bench.py --tune` measures what it should choose."""
+    kernel: Any                                                  # `_hopper_kernel` or `_scan_kernel`
     C: int                                                       # tokens a chunk: 16 at least, for the matrix units
-    BV: int                                                      # columns of the values (and of the state) a program
+    BK: int                                                      # head dims as the kernel sees them, powers of two: of the keys,
+    BV: int                                                      # and as many columns of the values as a program has
     num_warps: int
     num_stages: int                                              # chunks in flight, the one at work included
+    residents: int                                               # programs that a processor holds at once
 
 
 _SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}    # KiB a program
 
 
-def _config(K, V, itemsize, T, shared_memory):
-    """The launch configuration for head dims K, V of `itemsize` bytes, T tokens, and KiB of shared memory."""
-    BK, BV = _block(K), min(_block(V), 64 if K <= 256 else 32)
-    C = 16 if T <= 16 else 32 if T <= 32 else 64
-    warps = 8 if BK * BV > 128 * 64 else 4
+def _config(arch, K, V, dtype, B, T):
+    """The launch configuration on a GPU for head dims K, V and B rows of T tokens."""
+    shared, itemsize = _SHARED_MEMORY.get(arch, 99), dtype.itemsize
+    BK, BV = _block(K), min(_block(V), 128)
+    # descriptors want rows that are multiples of 16 bytes; S^T of [128, 256] would not fit the registers
+    if arch == "sm_90" and itemsize == 2 and 64 <= T and B * T < 2**31 and K <= 128 and K % 8 == V % 8 == 0:
+        BK, BV = max(BK, 64), max(BV, 64)
+        return _Config(_hopper_kernel, 64, BK, BV, BV // 16, 4, 2 if BK == BV == 64 else 1)
+
     def need(C, BV, stages):                                     # tiles in flight, and what passes through shared memory
-        return (stages * C * (2 * BK + BV) + C * max(C, 2 * BV) + BK * BV) * itemsize / 1024 + 4
-    for C in [c for c in (64, 32, 16) if c <= C]:
-        for stages in (2, 1):
-            if need(C, BV, stages) <= shared_memory:
-                return _Config(C, BV, warps, 1 if T <= C else stages)
-    return _Config(16, min(BV, 16), 4, 1)
+        return (stages * C * (2 * BK + BV) + C * max(C, 2 * BV)) * itemsize / 1024 + 4
+    C = 16 if T <= 16 else 32 if T <= 32 or itemsize == 4 or BK > 128 else 64
+    for C, BV, stages in [(c, b, n) for b in (BV, 64, 32, 16) for c in (64, 32, 16) if b <= BV and c <= C for n in (2, 1)]:
+        if need(C, BV, stages) <= shared:
+            return _Config(_scan_kernel, C, BK, BV, 8 if BK * BV > 64 * 64 else 4, 1 if T <= C else stages, 1)
 
 
 def _block(d):
@@ -794,44 +957,45 @@ def _launch(kernel, *arrays, out, programs, **arguments):
 def _scan_triton(op, q, k, v, g, s0, cu):
     K, V, dtype = q.shape[3], v.shape[3], q.dtype
     (B, T), HQ, H, n = q.shape[:2], q.shape[2], g.shape[1], 1 if cu is None else cu.shape[1] - 1
-    arch, processors = _gpu()
-    config = _config(K, V, dtype.itemsize, T, _SHARED_MEMORY.get(arch, 99))
-    BK, BV, C = _block(K), config.BV, config.C
-    tiles = -(-V // BV)
     out = jax.ShapeDtypeStruct((B, T, H, V), dtype), jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
+    heads = dict(H=H, HK=k.shape[2], HV=v.shape[2], G_STRIDE=H if g.shape[0] > 1 else 0, gain=op.gain, K=K, V=V, POST=int(op.post))
     if T == 1 and cu is None and not op.only_state:
-        BV = min(_block(V), max(16, 8192 // BK))
-        return _launch(_step_kernel, q, k, v, g, g if s0 is None else s0, out=out, programs=B * H * -(-V // BV), H=H, HQ=HQ,
-                       HK=k.shape[2], HV=v.shape[2], G_STRIDE=H if g.shape[0] > 1 else 0, scale=op.scale, gain=op.gain, K=K, V=V, BK=BK,
-                       BV=BV, POST=int(op.post), HAS_S0=s0 is not None, num_warps=4, num_stages=1)
+        BK, BV = _block(K), min(_block(V), max(16, 8192 // _block(K)))
+        return _launch(_step_kernel, q, k, v, g, g if s0 is None else s0, out=out, programs=B * H * -(-V // BV), HQ=HQ,
+                       scale=op.scale, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=4, num_stages=1, **heads)
 
-    # segments for two rounds of two programs a processor, so that short ones (heads that forget) make room early; but none so short
-    # that its state costs more than its tokens
-    segments = max(1, min(4 * processors // (B * H * tiles), T // 512))
-    L = -(-T // (segments * C)) * C
+    arch, processors = _gpu()
+    config = _config(arch, K, V, dtype, B, T)
+    programs = B * H * -(-V // config.BV)
+    # segments for two rounds of programs, so that the end of one hides the start of another; but none so short that its state
+    # costs more than its tokens
+    segments = max(1, min(2 * processors * config.residents // programs, T // 512))
+    L = -(-T // (segments * config.C)) * config.C
     table = g if cu is None else _tables(T, cu, L, op.reverse)    # g where it is not read
     R = -(-T // L) if cu is None else table.shape[1]
     Z = R if op.only_state else max(1, T // L)
     precise = str(op.precision).lower() in ("highest", "float32", "high", "tensorfloat32_3x", "bfloat16_3x")
-    precision = ("ieee" if arch.startswith("gfx") else "tf32x3") if precise else "ieee" if arch.startswith("gfx") else "tf32"
-    shared = dict(T=T, L=L, H=H, R=R, HK=k.shape[2], HV=v.shape[2], TABLE_STRIDE=0 if cu is None or cu.shape[0] == 1 else R * 7,
-                  G_STRIDE=H if g.shape[0] > 1 else 0, Z=Z, gain=op.gain, K=K, V=V, C=C, REVERSE=op.reverse, POST=int(op.post), PACKED=cu is not None,
-                  PRECISION=precision)
+    precision = "ieee" if arch.startswith("gfx") else "tf32x3" if precise else "tf32"
+    work = dict(T=T, L=L, R=R, TABLE_STRIDE=0 if cu is None or cu.shape[0] == 1 else R * 7, Z=Z, REVERSE=op.reverse,
+                PACKED=cu is not None, **heads)
     z = g                                                        # never read where no segment follows another
     if L < T or op.only_state:
-        tile = dict(BK=min(BK, 64), BV=min(_block(V), 64))
-        z = _launch(_states_kernel, k, v, g, table, out=jax.ShapeDtypeStruct((B, Z, H, K, V), jnp.float32),
-                    programs=B * R * H * -(-K // tile["BK"]) * -(-V // tile["BV"]), num_warps=4, num_stages=config.num_stages,
-                    LAST=op.only_state, **tile, **shared)
+        tile = dict(BK=min(_block(K), 64), BV=min(_block(V), 64), C=config.C)
+        z = _launch(_states_kernel, k, v, g, table, out=jax.ShapeDtypeStruct((B, Z, H, V, K), jnp.float32), LAST=op.only_state,
+                    programs=B * R * H * -(-K // tile["BK"]) * -(-V // tile["BV"]), PRECISION=precision, num_warps=4,
+                    num_stages=config.num_stages, **tile, **work)
     if op.only_state:
         after = jnp.maximum(T - L * (1 + jnp.arange(R)), 0)      # tokens after each segment
-        s = jnp.einsum("brhkv,bhr->bhkv", z, jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, R)), precision="highest")
+        s = jnp.einsum("brhvk,bhr->bhkv", z, jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, R)), precision="highest")
         return jnp.zeros((B, 0, H, V), dtype), s[:, None]
-    # descriptors made by the host: the GPU's own would need scratch memory, which a launch inside a CUDA graph does not get
-    tma = (arch in ("sm_90", "sm_100", "sm_120") and cu is None and T % C == 0 and B * T < 2**31 and K == BK and V == _block(V))
-    if tma:                                                      # (outputs would have to be inputs, which XLA may copy)
-        view = lambda x, D, width: jax_triton.TensorDescriptor(x, (B * T, x.shape[2] * D), (x.shape[2] * D, 1), (C, width))
-        q, k, v = view(q, K, BK), view(k, K, BK), view(v, V, BV)
-    return _launch(_scan_kernel, q, k, v, g, g if s0 is None else s0, z, table, out=out, programs=B * R * H * tiles, n=n,
-                   HQ=HQ, scale=op.scale, BK=BK, BV=BV, HAS_S0=s0 is not None, TMA=tma, num_warps=config.num_warps,
-                   num_stages=config.num_stages, **shared)
+    arrays = q, k, v, g, g if s0 is None else s0, z, table
+    if config.kernel is _hopper_kernel:
+        # made by the host, because those that a kernel makes need scratch memory, which a launch inside a CUDA graph does not get
+        view = lambda x, D, BD: jax_triton.TensorDescriptor(x, (B * T, x.shape[2], D), (x.shape[2] * D, D, 1), (config.C, 1, BD),
+                                                            gl.NVMMASharedLayout(128, 16, 3))
+        arrays = view(q, K, config.BK), view(k, K, config.BK), view(v, V, config.BV), *arrays
+        kind = dict(STAGES=config.num_stages, num_stages=1)
+    else:
+        kind = dict(PRECISION=precision, num_stages=config.num_stages)
+    return _launch(config.kernel, *arrays, out=out, programs=programs * R, n=n, HQ=HQ, scale=op.scale, C=config.C, BK=config.BK,
+                   BV=config.BV, HAS_S0=s0 is not None, num_warps=config.num_warps, **kind, **work)

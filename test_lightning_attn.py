@@ -5,6 +5,7 @@ Every case is compared with a float64 oracle written here (numpy, O(T^2)) on eve
 kernels in Triton's interpreter (where there is no GPU), the Triton kernels on a GPU. What wants a GPU and found none is skipped,
 and counted at the end.
 """
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -43,21 +44,148 @@ class Host:
     def cpu(self): return self
     def new_empty(self, *_, **__): return Host(self.array)
     def set_(self, *_): pass
+    def copy_(self, _): pass
     def storage_offset(self): return 0
     def size(self): return self.array.shape
     def stride(self): return None
-    def copy_(self, _): pass
+
+
+class Tensor(np.ndarray):
+    """What a Gluon kernel computes with, here."""
+    type = types.SimpleNamespace(layout=None)
+
+    def to(self, dtype): return self.astype(dtype)
+    def __array_wrap__(self, x, *_): return np.asarray(x).view(Tensor)
+
+
+class Pointer:
+    """An array, and places in it. Reading or writing outside of it is an error."""
+
+    def __init__(self, array, at=0):
+        self.array, self.at = array, at
+
+    def __add__(self, more): return Pointer(self.array, self.at + more)
+
+    def places(self, mask):
+        at, mask = np.broadcast_arrays(self.at, True if mask is None else mask)
+        assert ((at >= 0) & (at < self.array.size))[mask].all(), "outside of the array"
+        return at, mask
+
+
+class Shared:
+    """Shared memory, and views of it."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+    def index(self, i): return Shared(self.array[i])
+    def reshape(self, shape): return Shared(self.array.reshape(shape))
+    def permute(self, order): return Shared(self.array.transpose(order))
+    def load(self, layout): return self.array.copy().view(Tensor)
+
+    def store(self, x):
+        assert x.shape == self.shape and x.dtype == self.dtype
+        GluonMachine.now.overwrites(self.array)
+        self.array[...] = x
+
+
+class GluonMachine:
+    """Runs one program of a Gluon kernel on numpy arrays, as `gl`, `tl` and `hopper` at once. What is asynchronous happens as late
+    as it may: a copy leaves NaN until its barrier has been waited for, a product is not there before the wait that covers it, and
+    what is still being read must not be overwritten. Warps are one, so it sees no race between them."""
+    float32, int32, int64 = np.float32, np.int32, np.int64
+    NVMMADistributedLayout = DotOperandLayout = SliceLayout = BlockedLayout = NVMMASharedLayout = staticmethod(lambda *_: None)
+    maximum, minimum, static_range = staticmethod(np.maximum), staticmethod(np.minimum), range
+    exp2 = staticmethod(lambda x: np.exp2(np.asarray(x, np.float32)).view(Tensor))
+
+    def __init__(self, program):
+        self.program, self.products, self.mbarrier, self.tma = program, [], self, self
+        GluonMachine.now = self
+
+    def program_id(self, _): return np.asarray(self.program, np.int32).view(Tensor)
+    def arange(self, a, b, layout=None): return np.arange(a, b, dtype=np.int32).view(Tensor)
+    def full(self, shape, value, dtype, layout=None): return np.full(shape, value, dtype).view(Tensor)
+    def where(self, c, x, y): return np.where(c, x, np.asarray(y, x.dtype)).view(Tensor)
+    def convert_layout(self, x, layout): return x
+    def allocate_shared_memory(self, dtype, shape, layout): return Shared(np.full(shape, np.nan, dtype))
+    def fence_async_shared(self): pass
+    def barrier(self): pass
+
+    def load(self, pointer, mask=None, other=None):
+        at, mask = pointer.places(mask)
+        return np.where(mask, pointer.array[np.where(mask, at, 0)], np.asarray(other or 0, pointer.array.dtype)).view(Tensor)
+
+    def store(self, pointer, x, mask=None):
+        at, mask = pointer.places(mask)
+        pointer.array[at[mask]] = np.broadcast_to(x, at.shape)[mask]
+
+    def overwrites(self, array):
+        assert not any(np.shares_memory(array, x) for _, _, reads in self.products for x in reads), "overwritten while it is read"
+
+    # barriers
+    def allocate_mbarrier(self, batch): return types.SimpleNamespace(index=[types.SimpleNamespace() for _ in range(batch)].__getitem__)
+    def init(self, bar, count): bar.phases, bar.bytes, bar.copies = 0, 0, []
+
+    def expect(self, bar, size):
+        assert not bar.copies and not bar.bytes
+        bar.bytes = size
+
+    def async_load(self, array, where, bar, to):
+        self.overwrites(to.array)
+        to.array[...] = np.nan
+        bar.copies.append((array, where, to.array))
+
+    def wait(self, bar, phase):
+        if bar.copies:
+            assert bar.bytes == sum(to.nbytes for _, _, to in bar.copies)
+            for array, where, to in bar.copies:                  # zeros where it ends
+                block = tuple(slice(max(w, 0), w + n) for w, n in zip(where, to.shape))
+                part = array[block]
+                to[...] = 0
+                to[tuple(slice(max(-w, 0), max(-w, 0) + n) for w, n in zip(where, part.shape))] = part
+            bar.phases, bar.bytes, bar.copies = bar.phases + 1, 0, []
+        assert bar.phases % 2 != phase, "would wait forever"
+
+    # products
+    def warpgroup_mma(self, a, b, acc, use_acc=True, is_async=True):
+        reads = [x.array for x in (a, b) if isinstance(x, Shared)]
+        a, b = (np.asarray(x.array if isinstance(x, Shared) else x, np.float32) for x in (a, b))
+        out = object()
+        self.products.append((out, (a @ b + (acc if use_acc else 0)).view(Tensor), reads))
+        return out
+
+    def warpgroup_mma_wait(self, pending, operands):
+        done = {id(out): x for out, x, _ in self.products[:len(self.products) - pending]}
+        pairs = [done.get(id(x), x) for x in operands]
+        assert all(isinstance(x, np.ndarray) for x in pairs), "not waited for"
+        self.products = self.products[len(self.products) - pending:]
+        return pairs[0] if len(pairs) == 1 else pairs
+
+
+class Described(np.ndarray):
+    """An array behind a descriptor."""
+
+
+def run_gluon(kernel, module, programs, arrays, constants):
+    """A launch of a Gluon kernel: its functions once more, with a machine in place of the languages."""
+    names = dict(vars(module))
+    for name, f in vars(module).items():
+        if isinstance(getattr(f, "fn", None), types.FunctionType):
+            names[name] = types.FunctionType(f.fn.__code__, names, name, f.fn.__defaults__)
+    for program in range(programs):
+        names["gl"] = names["tl"] = names["hopper"] = GluonMachine(program)
+        names[kernel.fn.__name__](*arrays, **constants)
 
 
 def interpreted():
-    """lightning_attn.py once more, its kernels run by Triton's interpreter through the file's own launch code."""
+    """lightning_attn.py once more, its kernels run on the CPU through the file's own launch code: those in Triton by Triton's
+    interpreter, those in Gluon, which has none, by the machine above."""
     import triton
     from triton.runtime import interpreter
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     # the interpreter holds bfloat16 as bits: widen what is multiplied, and round to nearest as hardware does
     builder, lock = interpreter.InterpreterBuilder, threading.Lock()
-    create_dot, cast = builder.create_dot, interpreter._convert_float
+    create_dot, truncate = builder.create_dot, builder.create_fp_trunc
 
     def dot(self, a, b, acc, *rest):
         import triton.language as tl
@@ -74,24 +202,31 @@ def interpreted():
             return interpreter.TensorHandle(src.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
         return truncate(self, src, dst_type)
 
-    truncate = builder.create_fp_trunc
     builder.create_dot, builder.create_fp_trunc = dot, fp_trunc
 
     def triton_call(*args, kernel, out_type, grid, num_warps, num_stages, backend_options, **constants):
         leaves, tree = jax.tree.flatten(out_type)
-        described = [isinstance(x, la.jax_triton.TensorDescriptor) for x in args]
+        described = [x if isinstance(x, la.jax_triton.TensorDescriptor) else None for x in args]
 
         def run(*arrays):
-            host = [Host(aligned(np.asarray(x))) for x in arrays]
-            host = [TensorDescriptor(x, list(d.shape), list(d.strides), list(d.block_shape)) if is_d else x
-                    for x, d, is_d in zip(host, args, described)]
+            arrays = [aligned(np.asarray(x)) for x in arrays]
             out = [aligned(np.full(x.shape, np.nan, x.dtype)) for x in leaves]             # what is not written shows
-            with lock, np.errstate(all="ignore"), pytest.MonkeyPatch.context() as m:
-                m.setattr(triton.language, "sum", interpreter.InterpretedFunction(triton.language.sum.fn))
-                kernel[grid](*host, *map(Host, out), **constants)
+            with lock, np.errstate(all="ignore"):
+                if hasattr(kernel, "is_gluon"):
+                    def given(x, d):
+                        if d is None:
+                            return Pointer(x.reshape(-1))
+                        x = x.reshape(d.shape).view(Described)
+                        x.nbytes_per_cta, x.layout = int(np.prod(d.block_shape)) * x.itemsize, None
+                        return x
+                    run_gluon(kernel, module, grid[0], [*map(given, arrays, described), *(Pointer(x.reshape(-1)) for x in out)], constants)
+                else:
+                    with pytest.MonkeyPatch.context() as m:
+                        m.setattr(triton.language, "sum", interpreter.InterpretedFunction(triton.language.sum.fn))
+                        kernel[grid](*map(Host, (*arrays, *out)), **constants)
             return tuple(out)
 
-        out = jax.pure_callback(run, tuple(leaves), *(x.base if is_d else x for x, is_d in zip(args, described)))
+        out = jax.pure_callback(run, tuple(leaves), *(x if d is None else x.base for x, d in zip(args, described)))
         return jax.tree.unflatten(tree, out)
 
     triton.knobs.runtime.interpret = True
@@ -118,14 +253,22 @@ INTERPRETED = interpreted() if HAS_TRITON and not HAS_GPU else None
 
 
 def attend(path, *args, **kwargs):
-    if path == "interpreter":
-        return INTERPRETED.lightning_attn(*args, **kwargs, backend="triton")
+    if path in ("interpreter", "gluon"):
+        # neither interpreter minds the dtype, so that float32 can check the Hopper kernel to 1e-5
+        def config(arch, K, V, dtype, B, T):
+            if path == "interpreter":
+                return la._config("sm_80", K, V, dtype, B, T)
+            return la._config("sm_90", -(-K // 8) * 8, -(-V // 8) * 8, np.dtype("float16"), B, max(T, 64)) if K <= 128 else la._config("sm_80", K, V, dtype, B, T)
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(INTERPRETED, "_config", lambda *a: dataclasses.replace(c := config(*a), kernel=getattr(INTERPRETED, c.kernel.fn.__name__)))
+            return INTERPRETED.lightning_attn(*args, **kwargs, backend="triton")
     return lightning_attn(*args, **kwargs, backend={"xla": "xla", "gpu": "triton"}[path])
 
 
 wants_gpu = pytest.mark.skipif(not HAS_GPU, reason="wants a GPU")
 PATHS = [pytest.param("xla"),
-         pytest.param("interpreter", marks=pytest.mark.skipif(INTERPRETED is None, reason="the GPU runs these kernels" if HAS_GPU else "no Triton")),
+         *(pytest.param(p, marks=pytest.mark.skipif(INTERPRETED is None, reason="the GPU runs these kernels" if HAS_GPU else "no Triton"))
+           for p in ("interpreter", "gluon")),
          pytest.param("gpu", marks=wants_gpu)]
 each_path = pytest.mark.parametrize("path", PATHS)
 
