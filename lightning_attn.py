@@ -219,7 +219,7 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
         if (value := _known(g)) is not None and not (value <= 0).all():
             raise ValueError(f"g_gamma: expected log decays <= 0, got {value.max()}")
     state_dtype = jnp.promote_types(q.dtype, jnp.float32)
-    g = g.astype(state_dtype)
+    g = jnp.maximum(g.astype(state_dtype), -1e5)                 # e^g is 0 from far before; -inf would give NaN where no token is between
 
     if scale is None:
         scale = K**-0.5
@@ -605,18 +605,18 @@ def _segment(table, r, R, T, L, REVERSE: tl.constexpr, PACKED: tl.constexpr):
         return first, tokens, tokens, 0, r, (r == R - 1).to(tl.int32), r
 
 
-def _enter(S, z, s0, before, state, inside, place, sequence, stride, dL, HAS_S0: tl.constexpr):
+def _enter(S, z, s0, before, state, inside, place, sequence, stride, gL, HAS_S0: tl.constexpr):
     """S plus the state that a segment starts from: those that the `place` segments before it left, the nearest at z + before, and the
-    sequence's own at s0 + state, decayed."""
-    w = 1.0
-    for j in range(place):
-        if w > 0:
-            S += w * tl.load(z + (before - j * stride), mask=inside, other=0.0)
-        w *= dL
+    sequence's own at s0 + state, decayed by 2^gL for each segment between. Those of weight 0 are not read."""
+    seen = tl.minimum(place, tl.ceil(150.0 / tl.maximum(-gL, 1e-6)).to(tl.int32))
+    j = 0
+    while j < seen:                                              # (a `for` would be given buffers in shared memory)
+        S += tl.exp2(gL * j) * tl.load(z + (before - j * stride), mask=inside, other=0.0)
+        j += 1
     if HAS_S0:
         if sequence >= 0:
-            if w > 0:
-                S += w * tl.load(s0 + state, mask=inside, other=0.0)
+            if seen == place:
+                S += tl.exp2(gL * place) * tl.load(s0 + state, mask=inside, other=0.0)
     return S
 
 
@@ -672,17 +672,19 @@ def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE
 
 
 @_kernel
-def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, Z, scale, gain,
+def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, Z, scale, gain,
                  K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                  REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, HAS_S0: tl.constexpr, PRECISION: tl.constexpr):
     """o_i = scale (e^{g(i+1)} q_i S + gain sum_{j<=i} e^{g(i-j)} (q_i.k_j) v_j), S' = e^{gm} S + gain sum_j e^{g(m-1-j)} k_j v_j^T, chunk
-    by chunk over one segment, for one head and BV of the V columns; i, j in scan order, m tokens in the chunk (POST: e^{gi} q_i S
-    and e^{g(m-j)} k_j v_j^T).
+    by chunk over one segment, for one head, BV of the V columns and BK of the K that are summed over: an o for each such part.
+    i, j in scan order, m tokens in the chunk (POST: e^{gi} q_i S and e^{g(m-j)} k_j v_j^T).
 
     What lies outside of the segment reads as 0 and is not written, whatever the table says of it."""
+    NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     i = tl.program_id(0)
     i_v, i = i % NV, i // NV
+    i_k, i = i % NK, i // NK
     h, i = i % H, i // H
     r, b = i % R, (i // R).to(tl.int64)
     first, tokens, read, sequence, place, last, slot = _segment(table + b * TABLE_STRIDE, r, R, T, L, REVERSE, PACKED)
@@ -693,13 +695,13 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABL
     q += (start * HQ + h // (H // HQ)) * K
     k += (start * HK + h // (H // HK)) * K
     v += (start * HV + h // (H // HV)) * V
-    o += (start * H + h) * V
+    o += ((i_k.to(tl.int64) * B * T + start) * H + h) * V
 
-    ck, cv = tl.arange(0, BK)[None, :], i_v * BV + tl.arange(0, BV)[:, None]
+    ck, cv = i_k * BK + tl.arange(0, BK)[None, :], i_v * BV + tl.arange(0, BV)[:, None]
     inside = (ck < K) & (cv < V)
     state = ((b * n + sequence) * H + h) * K * V + ck * V + cv
     S = _enter(tl.full([BV, BK], 0.0, tl.float32), z, s0, ((b * Z + slot - 1) * H + h) * K * V + cv * K + ck, state,
-               inside, place, sequence, H * K * V, tl.exp2(gm * L), HAS_S0)
+               inside, place, sequence, H * K * V, gm * L, HAS_S0)
 
     rank = tl.arange(0, C)
     if REVERSE:
@@ -710,7 +712,7 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABL
     for c in range((tokens + C - 1) // C):
         m = tl.minimum(tokens - c * C, C)
         t = tokens - c * C - C if REVERSE else c * C
-        qs, ks = _load(q, t, read, HQ * K, 0, C, K, BK), _load(k, t, read, HK * K, 0, C, K, BK)
+        qs, ks = _load(q, t, read, HQ * K, i_k * BK, C, K, BK), _load(k, t, read, HK * K, i_k * BK, C, K, BK)
         vs = _load(v, t, read, HV * V, i_v * BV, C, V, BV)
         P = tl.dot(ks, tl.trans(qs), input_precision=PRECISION) * D
         O = tl.dot(S.to(qs.dtype), tl.trans(qs), input_precision=PRECISION) * dq[None, :]
@@ -730,11 +732,11 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABL
 # not need them goes on. Warps own 16 rows of S^T each; [C, BV] outputs are turned in shared memory to leave in whole lines.
 
 @_gluon
-def _fetch(qd, kd, vd, full, qs, ks, vs, row, hq, hk, hv, column):
+def _fetch(qd, kd, vd, full, qs, ks, vs, row, hq, hk, hv, column_k, column_v):
     hopper.mbarrier.expect(full, qd.nbytes_per_cta + kd.nbytes_per_cta + vd.nbytes_per_cta)
-    hopper.tma.async_load(qd, [row, hq, 0], full, qs)
-    hopper.tma.async_load(kd, [row, hk, 0], full, ks)
-    hopper.tma.async_load(vd, [row, hv, column], full, vs)
+    hopper.tma.async_load(qd, [row, hq, column_k], full, qs)
+    hopper.tma.async_load(kd, [row, hk, column_k], full, ks)
+    hopper.tma.async_load(vd, [row, hv, column_v], full, vs)
 
 
 @_gluon
@@ -760,15 +762,18 @@ def _multiply(qs, ks, vs, ps, S, D, dq, dk, dS, LO: gl.constexpr, LP: gl.constex
 
 
 @_gluon
-def _put(o, os, O, t, tokens, column, HV_STRIDE, V: gl.constexpr, W: gl.constexpr):
-    """Stores O^T as rows t .. of o, those from 0 to `tokens`."""
+def _put(o, os, O, t, tokens, stride, column, V: gl.constexpr, W: gl.constexpr, WHOLE: gl.constexpr):
+    """Stores O^T as rows t .. t+C of o, `stride` apart: those of 0 .. tokens, which are all if WHOLE."""
     C: gl.constexpr = os.shape[0]
     BV: gl.constexpr = os.shape[1]
     LB: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BV, BV // 8], [W, 1], [1, 0])
     os.permute((1, 0)).store(O.to(os.dtype))
     row = t + gl.arange(0, C, gl.SliceLayout(1, LB))[:, None]
     col = column + gl.arange(0, BV, gl.SliceLayout(0, LB))[None, :]
-    gl.store(o + row.to(gl.int64) * HV_STRIDE + col, os.load(LB), mask=(row >= 0) & (row < tokens) & (col < V))
+    inside = col < V
+    if not WHOLE:
+        inside = inside & (row >= 0) & (row < tokens)
+    gl.store(o + row.to(gl.int64) * stride + col, os.load(LB), mask=inside)
 
 
 @_gluon
@@ -783,7 +788,7 @@ def _take(xs, x, t, read, stride, column, D: gl.constexpr, W: gl.constexpr):
 
 
 @_gluon
-def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, Z, scale, gain,
+def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, Z, scale, gain,
                    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
                    REVERSE: gl.constexpr, POST: gl.constexpr, PACKED: gl.constexpr, HAS_S0: gl.constexpr):
     """`_scan_kernel`, line by line; qd, kd, vd describe q, k, v as [B T, heads, head dim]."""
@@ -791,9 +796,12 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ
     LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BK, 16])              # S^T [BV, BK]
     LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, C, 16])               # o^T [BV, C]
     LP: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, 4 * C // W, 16])  # scores [j, i]
+    LZ: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BK, BK // 4], [W, 1], [1, 0])        # S^T as it lies in z
+    NK: gl.constexpr = (K + BK - 1) // BK
     NV: gl.constexpr = (V + BV - 1) // BV
     i = gl.program_id(0)
     i_v, i = i % NV, i // NV
+    i_k, i = i % NK, i // NK
     h, i = i % H, i // H
     r, b = i % R, (i // R).to(gl.int64)
     first, tokens, read, sequence, place, last, slot = _segment_gluon(table + b * TABLE_STRIDE, r, R, T, L, REVERSE, PACKED)
@@ -801,18 +809,19 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ
         return
     gm = (gl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(gl.float32)
     start = b * T + first
-    hq, hk, hv, column = h // (H // HQ), h // (H // HK), h // (H // HV), i_v * BV
+    hq, hk, hv, column_k, column_v = h // (H // HQ), h // (H // HK), h // (H // HV), i_k * BK, i_v * BV
     q += (start * HQ + hq) * K
     k += (start * HK + hk) * K
     v += (start * HV + hv) * V
-    o += (start * H + h) * V
+    o += ((i_k.to(gl.int64) * B * T + start) * H + h) * V
 
-    ck = gl.arange(0, BK, gl.SliceLayout(0, LS))[None, :]
-    cv = column + gl.arange(0, BV, gl.SliceLayout(1, LS))[:, None]
+    ck = column_k + gl.arange(0, BK, gl.SliceLayout(0, LZ))[None, :]
+    cv = column_v + gl.arange(0, BV, gl.SliceLayout(1, LZ))[:, None]
     inside = (ck < K) & (cv < V)
     state = ((b * n + sequence) * H + h) * K * V + ck * V + cv
-    S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LS), z, s0, ((b * Z + slot - 1) * H + h) * K * V + cv * K + ck, state,
-                     inside, place, sequence, H * K * V, gl.exp2(gm * L), HAS_S0)
+    S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LZ), z, s0, ((b * Z + slot - 1) * H + h) * K * V + cv * K + ck, state,
+                     inside, place, sequence, H * K * V, gm * L, HAS_S0)
+    S = gl.convert_layout(S, LS)
 
     dtype: gl.constexpr = qd.dtype
     qb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], qd.layout)
@@ -829,7 +838,7 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ
     there = start.to(gl.int32) + (tokens - C if REVERSE else 0)   # row of the first chunk
     forth: gl.constexpr = -C if REVERSE else C
     for c in range(gl.minimum(whole, STAGES)):
-        _fetch(qd, kd, vd, full.index(c), qb.index(c), kb.index(c), vb.index(c), there + c * forth, hq, hk, hv, column)
+        _fetch(qd, kd, vd, full.index(c), qb.index(c), kb.index(c), vb.index(c), there + c * forth, hq, hk, hv, column_k, column_v)
 
     i = gl.arange(0, C, gl.SliceLayout(0, LP))[None, :]
     j = gl.arange(0, C, gl.SliceLayout(1, LP))[:, None]
@@ -849,9 +858,9 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ
         if (c > 0) & (c - 1 + STAGES < whole):                   # the buffers of the last chunk are free
             free = (stage + STAGES - 1) % STAGES
             _fetch(qd, kd, vd, full.index(free), qb.index(free), kb.index(free), vb.index(free), there + (c - 1 + STAGES) * forth,
-                   hq, hk, hv, column)
+                   hq, hk, hv, column_k, column_v)
         O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
-        _put(o, os, O, tokens - C - c * C if REVERSE else c * C, tokens, column, H * V, V, W)
+        _put(o, os, O, tokens - C - c * C if REVERSE else c * C, tokens, H * V, column_v, V, W, True)
         S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
         c += 1
         stage += 1
@@ -862,20 +871,20 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, T, L, H, R, n, HQ
         m = tokens - c * C
         t = m - C if REVERSE else c * C
         qs, ks, vs = qb.index(0).reshape([C, BK]), kb.index(0).reshape([C, BK]), vb.index(0).reshape([C, BV])
-        _take(qs, q, t, read, HQ * K, 0, K, W)
-        _take(ks, k, t, read, HK * K, 0, K, W)
-        _take(vs, v, t, read, HV * V, column, V, W)
+        _take(qs, q, t, read, HQ * K, column_k, K, W)
+        _take(ks, k, t, read, HK * K, column_k, K, W)
+        _take(vs, v, t, read, HV * V, column_v, V, W)
         hopper.fence_async_shared()
         gl.barrier()
         dk = gl.exp2(gm * gl.maximum(gl.minimum(m, C) - 1 - rank_k + POST, 0)) * gain
         O, vt, S, vw = _multiply(qs, ks, vs, ps, S, D, dq, dk, gl.exp2(gm * gl.minimum(m, C)), LO, LP)
         O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
-        _put(o, os, O, t, tokens, column, H * V, V, W)
+        _put(o, os, O, t, tokens, H * V, column_v, V, W, False)
         S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
         c += 1
     if last != 0:
         if sequence >= 0:
-            gl.store(s + state, S, mask=inside)
+            gl.store(s + state, gl.convert_layout(S, LZ), mask=inside)
 
 
 @_kernel
@@ -907,31 +916,33 @@ class _Config:
     """How the scan is launched. Chosen by `_config` alone; `bench.py --tune` measures what it should choose."""
     kernel: Any                                                  # `_hopper_kernel` or `_scan_kernel`
     C: int                                                       # tokens a chunk: 16 at least, for the matrix units
-    BK: int                                                      # head dims as the kernel sees them, powers of two: of the keys,
-    BV: int                                                      # and as many columns of the values as a program has
+    BK: int                                                      # columns of the queries and keys a program
+    BV: int                                                      # columns of the values a program
     num_warps: int
     num_stages: int                                              # chunks in flight, the one at work included
     residents: int                                               # programs that a processor holds at once
+    states: tuple                                                # C, num_warps, num_stages of `_states_kernel`
 
 
 _SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}    # KiB a program
 
 
 def _config(arch, K, V, dtype, B, T):
-    """The launch configuration on a GPU for head dims K, V and B rows of T tokens."""
+    """The launch configuration on a GPU for head dims K, V and B rows of T tokens. S^T is at most [128, 128], for the registers."""
     shared, itemsize = _SHARED_MEMORY.get(arch, 99), dtype.itemsize
-    BK, BV = _block(K), min(_block(V), 128)
-    # descriptors want rows that are multiples of 16 bytes; S^T of [128, 256] would not fit the registers
-    if arch == "sm_90" and itemsize == 2 and 64 <= T and B * T < 2**31 and K <= 128 and K % 8 == V % 8 == 0:
+    BK, BV = min(_block(K), 128), min(_block(V), 128)
+    states = next((C, warps, 2) for C, warps in ((256, 8), (128, 8), (64, 4), (32, 4)) if C * 5 * 64 * itemsize / 1024 < shared)
+    # descriptors want rows that are multiples of 16 bytes
+    if arch == "sm_90" and itemsize == 2 and 64 <= T and B * T < 2**31 and K % 8 == V % 8 == 0:
         BK, BV = max(BK, 64), max(BV, 64)
-        return _Config(_hopper_kernel, 64, BK, BV, BV // 16, 4, 2 if BK == BV == 64 else 1)
+        return _Config(_hopper_kernel, 64, BK, BV, BV // 16, 4, 2 if BK == BV == 64 else 1, states)
 
     def need(C, BV, stages):                                     # tiles in flight, and what passes through shared memory
         return (stages * C * (2 * BK + BV) + C * max(C, 2 * BV)) * itemsize / 1024 + 4
-    C = 16 if T <= 16 else 32 if T <= 32 or itemsize == 4 or BK > 128 else 64
+    C = 16 if T <= 16 else 32 if T <= 32 or itemsize == 4 else 64
     for C, BV, stages in [(c, b, n) for b in (BV, 64, 32, 16) for c in (64, 32, 16) if b <= BV and c <= C for n in (2, 1)]:
         if need(C, BV, stages) <= shared:
-            return _Config(_scan_kernel, C, BK, BV, 8 if BK * BV > 64 * 64 else 4, 1 if T <= C else stages, 1)
+            return _Config(_scan_kernel, C, BK, BV, 8 if BK * BV > 64 * 64 else 4, 1 if T <= C else stages, 1, states)
 
 
 def _block(d):
@@ -957,20 +968,22 @@ def _launch(kernel, *arrays, out, programs, **arguments):
 def _scan_triton(op, q, k, v, g, s0, cu):
     K, V, dtype = q.shape[3], v.shape[3], q.dtype
     (B, T), HQ, H, n = q.shape[:2], q.shape[2], g.shape[1], 1 if cu is None else cu.shape[1] - 1
-    out = jax.ShapeDtypeStruct((B, T, H, V), dtype), jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
+    states_out = jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
     heads = dict(H=H, HK=k.shape[2], HV=v.shape[2], G_STRIDE=H if g.shape[0] > 1 else 0, gain=op.gain, K=K, V=V, POST=int(op.post))
     if T == 1 and cu is None and not op.only_state:
         BK, BV = _block(K), min(_block(V), max(16, 8192 // _block(K)))
-        return _launch(_step_kernel, q, k, v, g, g if s0 is None else s0, out=out, programs=B * H * -(-V // BV), HQ=HQ,
-                       scale=op.scale, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=4, num_stages=1, **heads)
+        return _launch(_step_kernel, q, k, v, g, g if s0 is None else s0, out=(jax.ShapeDtypeStruct((B, T, H, V), dtype), states_out),
+                       programs=B * H * -(-V // BV), HQ=HQ, scale=op.scale, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=4,
+                       num_stages=1, **heads)
 
     arch, processors = _gpu()
     config = _config(arch, K, V, dtype, B, T)
-    programs = B * H * -(-V // config.BV)
-    # segments for two rounds of programs, so that the end of one hides the start of another; but none so short that its state
-    # costs more than its tokens
-    segments = max(1, min(2 * processors * config.residents // programs, T // 512))
-    L = -(-T // (segments * config.C)) * config.C
+    C, BK, BV = config.C, config.BK, config.BV
+    parts = -(-K // BK)
+    programs = B * H * parts * -(-V // BV)
+    # segments that fill the GPU, but none so short that its state costs more than its tokens
+    segments = max(1, min(processors * config.residents // programs, T // 512))
+    L = -(-T // (segments * C)) * C
     table = g if cu is None else _tables(T, cu, L, op.reverse)    # g where it is not read
     R = -(-T // L) if cu is None else table.shape[1]
     Z = R if op.only_state else max(1, T // L)
@@ -980,10 +993,9 @@ def _scan_triton(op, q, k, v, g, s0, cu):
                 PACKED=cu is not None, **heads)
     z = g                                                        # never read where no segment follows another
     if L < T or op.only_state:
-        tile = dict(BK=min(_block(K), 64), BV=min(_block(V), 64), C=config.C)
+        tile = dict(zip(("C", "num_warps", "num_stages"), config.states), BK=min(_block(K), 64), BV=min(_block(V), 64))
         z = _launch(_states_kernel, k, v, g, table, out=jax.ShapeDtypeStruct((B, Z, H, V, K), jnp.float32), LAST=op.only_state,
-                    programs=B * R * H * -(-K // tile["BK"]) * -(-V // tile["BV"]), PRECISION=precision, num_warps=4,
-                    num_stages=config.num_stages, **tile, **work)
+                    programs=B * R * H * -(-K // tile["BK"]) * -(-V // tile["BV"]), PRECISION=precision, **tile, **work)
     if op.only_state:
         after = jnp.maximum(T - L * (1 + jnp.arange(R)), 0)      # tokens after each segment
         s = jnp.einsum("brhvk,bhr->bhkv", z, jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, R)), precision="highest")
@@ -991,11 +1003,12 @@ def _scan_triton(op, q, k, v, g, s0, cu):
     arrays = q, k, v, g, g if s0 is None else s0, z, table
     if config.kernel is _hopper_kernel:
         # made by the host, because those that a kernel makes need scratch memory, which a launch inside a CUDA graph does not get
-        view = lambda x, D, BD: jax_triton.TensorDescriptor(x, (B * T, x.shape[2], D), (x.shape[2] * D, D, 1), (config.C, 1, BD),
+        view = lambda x, D, BD: jax_triton.TensorDescriptor(x, (B * T, x.shape[2], D), (x.shape[2] * D, D, 1), (C, 1, BD),
                                                             gl.NVMMASharedLayout(128, 16, 3))
-        arrays = view(q, K, config.BK), view(k, K, config.BK), view(v, V, config.BV), *arrays
+        arrays = view(q, K, BK), view(k, K, BK), view(v, V, BV), *arrays
         kind = dict(STAGES=config.num_stages, num_stages=1)
     else:
         kind = dict(PRECISION=precision, num_stages=config.num_stages)
-    return _launch(config.kernel, *arrays, out=out, programs=programs * R, n=n, HQ=HQ, scale=op.scale, C=config.C, BK=config.BK,
-                   BV=config.BV, HAS_S0=s0 is not None, num_warps=config.num_warps, **kind, **work)
+    o, s = _launch(config.kernel, *arrays, out=(jax.ShapeDtypeStruct((parts, B, T, H, V), dtype), states_out), programs=programs * R,
+                   B=B, n=n, HQ=HQ, scale=op.scale, C=C, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=config.num_warps, **kind, **work)
+    return o[0] if parts == 1 else o.sum(0, dtype=jnp.float32).astype(dtype), s
