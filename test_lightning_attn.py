@@ -96,8 +96,8 @@ class GluonMachine:
     float32, int32, int64 = np.float32, np.int32, np.int64
     NVMMADistributedLayout = DotOperandLayout = SliceLayout = BlockedLayout = NVMMASharedLayout = staticmethod(lambda *_: None)
     maximum, minimum, static_range = staticmethod(np.maximum), staticmethod(np.minimum), range
-    exp2 = staticmethod(lambda x: np.exp2(np.asarray(x, np.float32)).view(Tensor))
-    ceil = staticmethod(lambda x: np.ceil(np.asarray(x, np.float32)).view(Tensor))
+    exp2 = staticmethod(lambda x: np.asarray(np.exp2(np.asarray(x, np.float32))).view(Tensor))
+    ceil = staticmethod(lambda x: np.asarray(np.ceil(np.asarray(x, np.float32))).view(Tensor))
 
     def __init__(self, program):
         self.program, self.products, self.mbarrier, self.tma = program, [], self, self
@@ -178,32 +178,11 @@ def run_gluon(kernel, module, programs, arrays, constants):
         names[kernel.fn.__name__](*arrays, **constants)
 
 
-def interpreted():
+def interpreted(config):
     """lightning_attn.py once more, its kernels run on the CPU through the file's own launch code: those in Triton by Triton's
     interpreter, those in Gluon, which has none, by the machine above."""
     import triton
     from triton.runtime import interpreter
-
-    # the interpreter holds bfloat16 as bits: widen what is multiplied, and round to nearest as hardware does
-    builder, lock = interpreter.InterpreterBuilder, threading.Lock()
-    create_dot, truncate = builder.create_dot, builder.create_fp_trunc
-
-    def dot(self, a, b, acc, *rest):
-        import triton.language as tl
-        def widen(x):
-            if x.dtype.scalar != tl.bfloat16:
-                return x
-            return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-        return create_dot(self, widen(a), widen(b), acc, *rest)
-
-    def fp_trunc(self, src, dst_type):
-        import ml_dtypes
-        import triton.language as tl
-        if dst_type.scalar == tl.bfloat16 and src.dtype.scalar == tl.float32:
-            return interpreter.TensorHandle(src.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
-        return truncate(self, src, dst_type)
-
-    builder.create_dot, builder.create_fp_trunc = dot, fp_trunc
 
     def triton_call(*args, kernel, out_type, grid, num_warps, num_stages, backend_options, **constants):
         leaves, tree = jax.tree.flatten(out_type)
@@ -212,7 +191,7 @@ def interpreted():
         def run(*arrays):
             arrays = [aligned(np.asarray(x)) for x in arrays]
             out = [aligned(np.full(x.shape, np.nan, x.dtype)) for x in leaves]             # what is not written shows
-            with lock, np.errstate(all="ignore"):
+            with LOCK, np.errstate(all="ignore"):
                 if hasattr(kernel, "is_gluon"):
                     def given(x, d):
                         if d is None:
@@ -239,7 +218,34 @@ def interpreted():
     finally:
         triton.knobs.runtime.interpret = False
     module.jax_triton = types.SimpleNamespace(triton_call=triton_call, TensorDescriptor=la.jax_triton.TensorDescriptor)
+    module._config = lambda *a: dataclasses.replace(c := config(*a), kernel=getattr(module, c.kernel.fn.__name__))
+    for name, f in list(vars(module).items()):                   # what kernels call need not patch the language again, nor for good
+        if isinstance(f, interpreter.InterpretedFunction) and not name.endswith("_kernel"):
+            setattr(module, name, f.rewrite())
     return module
+
+
+LOCK = threading.Lock()                                          # interpreters are one at a time
+
+
+def teach_the_interpreter_bfloat16():
+    """It holds bfloat16 as bits: widen what is multiplied, and round to nearest as hardware does."""
+    import ml_dtypes
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder as builder, TensorHandle
+    create_dot, truncate = builder.create_dot, builder.create_fp_trunc
+
+    def dot(self, a, b, acc, *rest):
+        def widen(x):
+            return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+        return create_dot(self, widen(a), widen(b), acc, *rest)
+
+    def fp_trunc(self, src, dst_type):
+        if dst_type.scalar == tl.bfloat16 and src.dtype.scalar == tl.float32:
+            return TensorHandle(src.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
+        return truncate(self, src, dst_type)
+
+    builder.create_dot, builder.create_fp_trunc = dot, fp_trunc
 
 
 def aligned(x):
@@ -250,25 +256,23 @@ def aligned(x):
     return out
 
 
-INTERPRETED = interpreted() if HAS_TRITON and not HAS_GPU else None
+INTERPRETED = {}
+if HAS_TRITON and not HAS_GPU:
+    # neither interpreter minds the dtype: float32 checks the Hopper kernel to 1e-5
+    teach_the_interpreter_bfloat16()
+    INTERPRETED["interpreter"] = interpreted(lambda arch, *shape: la._config("sm_80", *shape))
+    INTERPRETED["gluon"] = interpreted(lambda arch, K, V, dtype, B, T: la._config("sm_90", -(-K // 8) * 8, -(-V // 8) * 8, np.dtype("float16"), B, max(T, 64)))
 
 
 def attend(path, *args, **kwargs):
-    if path in ("interpreter", "gluon"):
-        # neither interpreter minds the dtype, so that float32 can check the Hopper kernel to 1e-5
-        def config(arch, K, V, dtype, B, T):
-            if path == "interpreter":
-                return la._config("sm_80", K, V, dtype, B, T)
-            return la._config("sm_90", -(-K // 8) * 8, -(-V // 8) * 8, np.dtype("float16"), B, max(T, 64))
-        with pytest.MonkeyPatch.context() as m:
-            m.setattr(INTERPRETED, "_config", lambda *a: dataclasses.replace(c := config(*a), kernel=getattr(INTERPRETED, c.kernel.fn.__name__)))
-            return INTERPRETED.lightning_attn(*args, **kwargs, backend="triton")
+    if path in INTERPRETED:
+        return INTERPRETED[path].lightning_attn(*args, **kwargs, backend="triton")
     return lightning_attn(*args, **kwargs, backend={"xla": "xla", "gpu": "triton"}[path])
 
 
 wants_gpu = pytest.mark.skipif(not HAS_GPU, reason="wants a GPU")
 PATHS = [pytest.param("xla"),
-         *(pytest.param(p, marks=pytest.mark.skipif(INTERPRETED is None, reason="the GPU runs these kernels" if HAS_GPU else "no Triton"))
+         *(pytest.param(p, marks=pytest.mark.skipif(not INTERPRETED, reason="the GPU runs these kernels" if HAS_GPU else "no Triton"))
            for p in ("interpreter", "gluon")),
          pytest.param("gpu", marks=wants_gpu)]
 each_path = pytest.mark.parametrize("path", PATHS)
@@ -402,8 +406,8 @@ def test_16_bit(path, reverse, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_accuracy_at_4096_tokens(path, dtype):
     B, T, H, K = 1, 4096, 2, 64
-    if path == "interpreter":
-        T = 1024                                                 # the interpreter takes seconds for each
+    if path in INTERPRETED:
+        T = 1024                                                 # interpreters take seconds for each
     compare(path, *inputs(3, B, T, H, H, K, K, dtype))
 
 
@@ -594,7 +598,7 @@ def test_other_transforms(path, precise):
     if path == "xla":
         with jax.disable_jit():
             close(f(q, k, v, s0), want)
-    if path != "interpreter":                                    # a Python callback cannot be exported
+    if path not in INTERPRETED:                                  # a Python callback cannot be exported
         exported = jax.export.export(jax.jit(f), disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")])(q, k, v, s0)
         close(jax.export.deserialize(exported.serialize()).call(q, k, v, s0), want)
     with jax.debug_nans(True):
@@ -659,10 +663,10 @@ def test_a_small_model_learns(path, precise):
         return jax.tree.map(lambda x, d: x - 0.1 * d, p, grad), value
 
     losses = []
-    for _ in range(2 if path == "interpreter" else 100):
+    for _ in range(2 if path in INTERPRETED else 100):
         params, value = step(params)
         losses.append(float(value))
-    if path == "interpreter":                                    # seconds a step: the same first steps as plain JAX takes
+    if path in INTERPRETED:                                      # seconds a step: the same first steps as plain JAX takes
         assert np.allclose(losses, SEEN["losses"][:2], rtol=1e-5)
     else:
         SEEN["losses"] = losses
