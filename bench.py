@@ -8,6 +8,7 @@ clock    calls are queued for 0.2 s and waited for once, several rounds, the med
 """
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SHAPES = [(8, 4096, 32, 128), (1, 32768, 32, 128), (1, 131072, 8, 128), (16, 2048, 16, 128), (4, 8192, 16, 64), (1, 4096, 16, 128)]
+SHAPES = [(8, 4096, 32, 128), (1, 32768, 32, 128), (1, 131072, 8, 128), (16, 2048, 16, 128), (4, 8192, 16, 64), (1, 4096, 16, 128),
+          (2, 8192, 16, 96), (2, 8192, 16, 192), (2, 8192, 16, 256)]
 PEERS = ["fla_chunk", "fla_fused_chunk", "fla_recurrent", "ejkernel", "softmax"]
 LAYER = 12, 24
 
@@ -25,13 +27,13 @@ def say(*words):
     print(*words, flush=True)
 
 
-def rounds(queue, seconds=0.2):
+def rounds(queue, seconds=0.2, count=3):
     """Median time of a call in ms; queue(n) makes n calls and waits for them."""
     queue(2)
     start = time.perf_counter(); queue(3); one = (time.perf_counter() - start) / 3
     n = max(2, min(5000, int(seconds / one)))
     times = []
-    for _ in range(5):
+    for _ in range(count):
         start = time.perf_counter(); queue(n); times.append((time.perf_counter() - start) / n)
     return float(np.median(times)) * 1e3
 
@@ -68,10 +70,9 @@ def copy_rate():
     return 2 * x.size * 4 / rounds(queue) * 1e3
 
 
-def draw(B, T, H, D, dtype, Hk=None, more=1):
+def draw(B, T, H, D, dtype, Hk=None):
     """Sets of q, k, v, do: several where one would stay in L2."""
-    size = 4 * B * T * H * D * jnp.dtype(dtype).itemsize
-    count = 1 if size > 2**28 else 4
+    count = 1 if 4 * B * T * H * D * jnp.dtype(dtype).itemsize > 2**28 else 4
     keys = iter(jax.random.split(jax.random.key(0), 4 * count))
     return [tuple(jax.random.normal(next(keys), (B, T, h, D), dtype) for h in (H, Hk or H, Hk or H, H)) for _ in range(count)]
 
@@ -79,11 +80,11 @@ def draw(B, T, H, D, dtype, Hk=None, more=1):
 def calls(attend):
     """Forward (final state included), backward, and both, of attend(q, k, v) -> (o, s)."""
     forward = lambda q, k, v, do: attend(q, k, v)
-    both = lambda q, k, v, do: jax.vjp(lambda *x: attend(*x)[0], q, k, v)[1](do)
-    def full(q, k, v, do):
+    backward = lambda q, k, v, do: jax.vjp(lambda *x: attend(*x)[0], q, k, v)[1](do)       # what it does not need of forward is not run
+    def both(q, k, v, do):
         out, back = jax.vjp(lambda *x: attend(*x)[0], q, k, v)
         return out, back(do)
-    return forward, both, full
+    return forward, backward, both
 
 
 def ours(**kwargs):
@@ -93,72 +94,67 @@ def ours(**kwargs):
 
 # Peers, each in a process of its own --------------------------------------------------------------------------------------------
 
-def torch_clock(f, sets):
-    import torch
-    def queue(n):
-        for i in range(n):
-            f(*sets[i % len(sets)])
-        torch.cuda.synchronize()
-    return rounds(queue)
-
-
 def peer(name, shape, dtype):
-    """{"forward": ms, "backward": ms} of one peer on one shape."""
+    """{"forward": ms, "backward": ms} of one peer on one shape. One token is a decode step, with a state in and out."""
     B, T, H, D = shape
-    if name == "softmax":
-        f = lambda q, k, v: (jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"), None)
-        sets = draw(B, T, H, D, dtype)
-        forward, backward, _ = calls(f)
-        return dict(forward=clock(forward, sets), backward=clock(backward, sets) - clock(forward, sets))
-    if name == "ejkernel":
+    if name in ("softmax", "ejkernel"):
+        sets = draw(*shape, dtype)
+        if name == "softmax":
+            forward, _, both = calls(lambda q, k, v: (jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"), None))
+            t = clock(forward, sets)
+            return dict(forward=t, backward=clock(both, sets) - t)
         from ejkernel.kernels._triton.lightning_attn import lightning_attn as theirs
-        sets = draw(B, T, H, D, dtype)
-        f = lambda q, k, v, do: theirs(q, k, v, *LAYER)[0]
-        def queue(n):
-            for i in range(n):
-                out = f(*sets[i % len(sets)])
-            jax.block_until_ready(out)
-        def both(n):
-            for i in range(n):
-                q, k, v, do = sets[i % len(sets)]
-                out = jax.vjp(lambda *x: f(*x, do), q, k, v)[1](do)
-            jax.block_until_ready(out)
-        forward = rounds(queue)
-        return dict(forward=forward, backward=rounds(both) - forward)
+        f = lambda q, k, v: theirs(q, k, v, *LAYER)[0]           # cannot be jitted
+        def queue(call):
+            def run(n):
+                for i in range(n):
+                    out = call(*sets[i % len(sets)])
+                jax.block_until_ready(out)
+            return run
+        t = rounds(queue(lambda q, k, v, do: f(q, k, v)))
+        return dict(forward=t, backward=rounds(queue(lambda q, k, v, do: jax.vjp(f, q, k, v)[1](do))) - t)
+
     import torch
     torch.manual_seed(0)
-    count = 1 if B * T * H * D > 2**25 else 4
-    make = lambda: torch.randn(B, T, H, D, device="cuda", dtype=getattr(torch, dtype), requires_grad=True)
-    sets = [(make(), make(), make(), torch.randn(B, T, H, D, device="cuda", dtype=getattr(torch, dtype))) for _ in range(count)]
-    if name == "fla_chunk":
-        from fla.ops.lightning_attn import chunk_lightning_attn as op
-        f = lambda q, k, v: op(q, k, v, *LAYER, output_final_state=True)[0]
-    elif name == "fla_recurrent":
-        from fla.ops.lightning_attn import fused_recurrent_lightning_attn as op
-        f = lambda q, k, v: op(q, k, v, *LAYER, output_final_state=True)[0]
-    else:
+    make = lambda *size, dtype=getattr(torch, dtype), grad=T > 1: torch.randn(*size, device="cuda", dtype=dtype, requires_grad=grad)
+    sets = [[make(*shape) for _ in range(4)] for _ in range(1 if B * T * H * D * 8 > 2**28 else 4)]
+    extra = dict(initial_state=make(B, H, D, D, dtype=torch.float32, grad=False)) if T == 1 else {}
+    if name == "fla_fused_chunk":
         from fla.ops.simple_gla import fused_chunk_simple_gla as op
         g = -(8 / H) * (1 - LAYER[0] / LAYER[1]) * torch.arange(H, device="cuda", dtype=torch.float32)
-        f = lambda q, k, v: op(q, k, v, g_gamma=g, output_final_state=True)[0]
-    def forward(q, k, v, do):
-        with torch.no_grad():
-            f(q, k, v)
-    def both(q, k, v, do):
-        torch.autograd.grad(f(q, k, v), (q, k, v), do)
-    t = torch_clock(forward, sets)
-    return dict(forward=t, backward=torch_clock(both, sets) - t)
+        f = lambda q, k, v: op(q, k, v, g_gamma=g, output_final_state=True, **extra)[0]
+    else:
+        import fla.ops.lightning_attn as ops
+        op = ops.chunk_lightning_attn if name == "fla_chunk" else ops.fused_recurrent_lightning_attn
+        f = lambda q, k, v: op(q, k, v, *LAYER, output_final_state=True, **extra)[0]
+    def queue(call):
+        def run(n):
+            for i in range(n):
+                call(*sets[i % len(sets)])
+            torch.cuda.synchronize()
+        return run
+    with torch.no_grad():
+        t = rounds(queue(lambda q, k, v, do: f(q, k, v)))
+    return dict(forward=t) if T == 1 else dict(forward=t, backward=rounds(queue(lambda q, k, v, do: torch.autograd.grad(f(q, k, v), (q, k, v), do))) - t)
 
 
-def peers(names, shape, dtype):
+def peers(names, shapes, dtype):
+    """{peer: [its times or why there are none, for each shape]}"""
     found = {}
     for name in names:
-        say(f"    {name} ...")
-        command = [sys.executable, __file__, "--peer", name, "--shapes", ",".join(map(str, shape)), "--dtype", dtype]
-        try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            found[name] = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {"failed": (run.stderr.strip().splitlines() or ["?"])[-1][:160]}
-        except subprocess.TimeoutExpired:
-            found[name] = {"failed": "more than 120 s"}
+        command = [sys.executable, __file__, "--peer", name, "--dtype", dtype, "--shapes", *(",".join(map(str, s)) for s in shapes)]
+        # a peer that wants packages of its own finds them where BENCH_PATH_<peer> says
+        path = os.environ.get(f"BENCH_PATH_{name}", os.environ.get("PYTHONPATH", ""))
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
+        found[name] = []
+        for line in run.stdout:
+            if line.startswith("{"):
+                found[name].append(json.loads(line))
+                say(f"    {name} {shapes[len(found[name]) - 1]}: " + ", ".join(f"{n} {t:.3f} ms" if n != "failed" else f"not measured, {t}" for n, t in found[name][-1].items()))
+        why = (run.stderr.read().strip().splitlines() or ["it ended"])[-1][:160]
+        found[name] += [{"failed": why}] * (len(shapes) - len(found[name]))
+        if not any("failed" not in f for f in found[name]):
+            say(f"    {name}: not measured, {found[name][-1]['failed']}")
     return found
 
 
@@ -171,29 +167,25 @@ def memory(f, args):
 
 def shapes_table(shapes, dtype, names, rate):
     rows = []
+    say(f"{'B, T, H, D':>20} {dtype:>9} | forward: ms, of floor | backward: ms, of floor | both: ms | extra memory, of q, k, v, o")
     for shape in shapes:
-        B, T, H, D = shape
-        say(f"{shape} {dtype}")
         sets = draw(*shape, dtype)
-        forward, backward, full = calls(ours())
-        size = B * T * H * D * jnp.dtype(dtype).itemsize
-        f = clock(forward, sets)
-        b = clock(backward, sets)                                # the forward's output is not needed, and not computed, for it
-        both = clock(full, sets)
-        row = dict(shape=shape, dtype=dtype, forward=f, backward=b, both=both, forward_floor=4 * size / rate * 1e3 / f,
-                   backward_floor=7 * size / rate * 1e3 / b, extra_memory=memory(full, sets[0]) / (4 * size))
+        size = sets[0][0].size * sets[0][0].dtype.itemsize
+        f, b, both = (clock(call, sets) for call in calls(ours()))
+        rows.append(dict(shape=shape, dtype=dtype, forward=f, backward=b, both=both, forward_of_floor=4 * size / rate * 1e3 / f,
+                         backward_of_floor=7 * size / rate * 1e3 / b, extra_memory=memory(calls(ours())[2], sets[0]) / (4 * size)))
         del sets
-        row["peers"] = peers(names, shape, dtype)
-        say(f"    forward {f:.3f} ms ({row['forward_floor']:.0%} of floor), backward {b:.3f} ms ({row['backward_floor']:.0%}), both {both:.3f} ms,"
-            f" extra memory {row['extra_memory']:.0%} of q, k, v, o")
-        for name, p in row["peers"].items():
-            say(f"    {name}: " + (f"not measured, {p['failed']}" if "failed" in p else
-                f"forward {p['forward']:.3f} ms ({p['forward'] / f:.2f}x ours), backward {p['backward']:.3f} ms ({p['backward'] / b:.2f}x)"))
-        rows.append(row)
+        say(f"{str(shape):>30} | {f:.3f}, {rows[-1]['forward_of_floor']:.0%} | {b:.3f}, {rows[-1]['backward_of_floor']:.0%} | {both:.3f} | {rows[-1]['extra_memory']:.1%}")
+    found = peers(names, shapes, dtype)
+    for i, row in enumerate(rows):
+        row["peers"] = {name: times[i] for name, times in found.items()}
+        best = {way: min((p[way] for p in row["peers"].values() if way in p), default=float("nan")) / row[way] for way in ("forward", "backward")}
+        row["against_fastest_peer"] = best
+        say(f"{str(row['shape']):>30} | fastest peer: forward {best['forward']:.2f}x ours, backward {best['backward']:.2f}x")
     return rows
 
 
-def further(rate):
+def further(names, rate):
     rows = {}
     def note(name, value):
         rows[name] = value
@@ -203,64 +195,68 @@ def further(rate):
     rng = np.random.default_rng(0)
     sets = draw(1, T, H, D, "bfloat16")
     cu = jnp.asarray(np.r_[0, np.sort(rng.integers(1, T, 31)), T], jnp.int32)
-    single = calls(ours())
-    note("one sequence of 32768, forward ms", one := clock(single[0], sets))
-    note("one sequence of 32768, backward ms", one_back := clock(single[1], sets))
+    forward, backward, _ = calls(ours())
+    one, one_back = clock(forward, sets), clock(backward, sets)
     packed = [(*s, cu) for s in sets]
     f = lambda q, k, v, cu: lightning_attn(q, k, v, *LAYER, cu_seqlens=cu)
-    note("32 packed sequences, forward / one", clock(lambda q, k, v, do, cu: f(q, k, v, cu), packed) / one)
-    note("32 packed sequences, backward / one", clock(lambda q, k, v, do, cu: jax.vjp(lambda *x: f(*x, cu)[0], q, k, v)[1](do), packed) / one_back)
+    note("32 packed sequences / one sequence of 32768, forward", clock(lambda q, k, v, do, cu: f(q, k, v, cu), packed) / one)
+    note("32 packed sequences / one sequence of 32768, backward", clock(lambda q, k, v, do, cu: jax.vjp(lambda *x: f(*x, cu)[0], q, k, v)[1](do), packed) / one_back)
     grouped = draw(1, T, 32, D, "bfloat16", Hk=8)
-    group, repeated = calls(ours()), calls(lambda q, k, v: ours()(q, jnp.repeat(k, 4, 2), jnp.repeat(v, 4, 2)))
-    note("grouped heads, repeated first / ours, forward", clock(repeated[0], grouped) / clock(group[0], grouped))
-    note("grouped heads, repeated first / ours, backward", clock(repeated[1], grouped) / clock(group[1], grouped))
+    repeated = calls(lambda q, k, v: ours()(q, jnp.repeat(k, 4, 2), jnp.repeat(v, 4, 2)))
+    note("32 query, 8 kv heads: repeated first / ours, forward", clock(repeated[0], grouped) / clock(forward, grouped))
+    note("32 query, 8 kv heads: repeated first / ours, backward", clock(repeated[1], grouped) / clock(backward, grouped))
     del sets, packed, grouped
-    for B in 1, 64, 256:
-        sets = [(*s[:3], jax.random.normal(jax.random.key(1), (B, H, D, D))) for s in draw(B, 1, H, D, "bfloat16")]
-        if B > 1:
-            sets = sets[:1]
+    decode = [(B, 1, H, D) for B in (1, 64, 256)]
+    for B, *_ in decode:
+        sets = [(*s[:3], jax.random.normal(jax.random.key(1), (B, H, D, D))) for s in draw(B, 1, H, D, "bfloat16")[:1 if B > 1 else 4]]
         t = clock(lambda q, k, v, s: lightning_attn(q, k, v, *LAYER, initial_state=s), sets)
-        note(f"decode B={B}, us", t * 1e3)
-        note(f"decode B={B}, of the copy rate", 2 * B * H * D * D * 4 / rate * 1e3 / t)
-    for D in 96, 192, 256:
-        sets = draw(2, 8192, 16, D, "bfloat16")
-        f, b, _ = calls(ours())
-        note(f"head dim {D} (2, 8192, 16), forward ms", clock(f, sets))
-        note(f"head dim {D} (2, 8192, 16), backward ms", clock(b, sets))
+        note(f"decode step, B={B}, us", t * 1e3)
+        note(f"decode step, B={B}, of the copy rate", 2 * B * H * D * D * 4 / rate * 1e3 / t)
+    rows["decode, peers"] = peers([n for n in names if n == "fla_recurrent"], decode, "bfloat16")
     for dtype in "float16", "float32":
         sets = draw(4, 4096, 32, 128, dtype)
-        f, b, _ = calls(ours())
-        note(f"{dtype} (4, 4096, 32, 128), forward ms", clock(f, sets))
-        note(f"{dtype} (4, 4096, 32, 128), backward ms", clock(b, sets))
+        note(f"{dtype} (4, 4096, 32, 128), forward ms", clock(forward, sets))
+        note(f"{dtype} (4, 4096, 32, 128), backward ms", clock(backward, sets))
     for T in 2**15, 2**17, 2**20:
         sets = draw(1, T, 16, 128, "bfloat16")
-        f, b, _ = calls(ours())
-        note(f"T={T} H=16, forward ns a token", clock(f, sets) / T * 1e6)
-        note(f"T={T} H=16, backward ns a token", clock(b, sets) / T * 1e6)
-    code = ("import time, jax, jax.numpy as jnp\nfrom lightning_attn import lightning_attn\nx = jnp.ones((1, 4096, 16, 128), jnp.bfloat16)\n"
-            "jax.block_until_ready(x + 1)\nt = time.perf_counter()\n"
-            "jax.block_until_ready(jax.jit(jax.grad(lambda q, k, v: lightning_attn(q, k, v, 12, 24)[0].astype(jnp.float32).sum(), (0, 1, 2)))(x, x, x))\n"
-            "print(time.perf_counter() - t)")
-    note("first jitted gradient of a process, s", float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()[-1]))
+        note(f"{T} tokens, 16 heads of 128: forward, ns a token", clock(forward, sets) / T * 1e6)
+        note(f"{T} tokens, 16 heads of 128: backward, ns a token", clock(backward, sets) / T * 1e6)
+    del sets
+    code = ("import time, jax, jax.numpy as jnp, lightning_attn as la\nx = jnp.ones((1, 4096, 16, 128), jnp.bfloat16)\n"
+            "jax.block_until_ready(x + 1)\nlaunch, kernels = la._launch, set()\n"
+            "def count(kernel, *arrays, **arguments):\n"
+            "    kernels.add((kernel.__name__, *((n, a) for n, a in arguments.items() if isinstance(a, (bool, int)) and n not in ('T', 'L', 'R', 'Z'))))\n"
+            "    return launch(kernel, *arrays, **arguments)\n"
+            "la._launch, t = count, time.perf_counter()\n"
+            "jax.block_until_ready(jax.jit(jax.grad(lambda q, k, v: la.lightning_attn(q, k, v, 12, 24)[0].astype(jnp.float32).sum(), (0, 1, 2)))(x, x, x))\n"
+            "print(time.perf_counter() - t, len(kernels))")
+    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
+    seconds, kernels = first.stdout.split()[-2:] if first.returncode == 0 else (float("nan"),) * 2
+    note("first jitted gradient of a process, s", float(seconds))
+    note("kernels compiled for it, at most", float(kernels))
     return rows
 
 
-def tune(rate):
-    """Times the scan's launch configurations at head dims 64, 128 and 256 (bfloat16) and prints the fastest first."""
+def tune():
+    """Times the scan's launch configurations and prints the fastest first: what `_config` should choose."""
+    import dataclasses
     import lightning_attn as la
     chosen = la._config
-    for D in 64, 128, 256:
-        rows, sets = [], draw(8, 4096, 4096 // D, D, "bfloat16")
-        for C, BV, warps, stages in ((c, b, w, s) for c in (32, 64) for b in (32, 64, 128) if b <= D for w in (4, 8) for s in (1, 2, 3)):
-            la._config = lambda *_: la._Config(C, BV, warps, stages)
-            jax.clear_caches()
-            try:
-                rows.append((clock(lambda q, k, v, do: ours()(q, k, v), sets), C, BV, warps, stages))
-            except Exception as error:                           # does not fit
-                say("   ", C, BV, warps, stages, str(error).splitlines()[0][:80])
+    for D, dtype in (64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (128, "float32"):
+        rows, sets = [], draw(4, 4096, 4096 // D, D, dtype)
+        for kernel in la._hopper_kernel, la._scan_kernel:
+            for C, BV, warps, stages in ((c, b, w, n) for c in (32, 64) for b in (32, 64, 128) if b <= D for w in (4, 8) for n in (1, 2, 3, 4)):
+                if kernel is la._hopper_kernel and (dtype == "float32" or C != 64 or warps * 16 != BV or stages == 1):
+                    continue
+                la._config = lambda *a: dataclasses.replace(chosen(*a), kernel=kernel, C=C, BV=BV, num_warps=warps, num_stages=stages)
+                jax.clear_caches()
+                try:
+                    rows.append((clock(lambda q, k, v, do: ours()(q, k, v), sets), kernel.__name__, C, BV, warps, stages))
+                except Exception as error:                       # does not fit
+                    say("   ", kernel.__name__, C, BV, warps, stages, str(error).splitlines()[0][:80])
         la._config = chosen
-        for t, *config in sorted(rows)[:6]:
-            say(f"D={D} C={config[0]} BV={config[1]} num_warps={config[2]} num_stages={config[3]}: {t:.3f} ms")
+        for t, kernel, C, BV, warps, stages in sorted(rows)[:6]:
+            say(f"D={D} {dtype}: {t:.3f} ms, {kernel} C={C} BV={BV} num_warps={warps} num_stages={stages}")
 
 
 def plot(path, lengths, names):
@@ -268,16 +264,17 @@ def plot(path, lengths, names):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    lines = {"lightning_attn (this file)": []} | {n: [] for n in names}
-    for T in lengths:
-        say(f"plot: {T} tokens")
-        lines["lightning_attn (this file)"].append(clock(calls(ours())[0], draw(1, T, 16, 128, "bfloat16")))
-        for name, p in peers(names, (1, T, 16, 128), "bfloat16").items():
-            lines[name].append(p.get("forward", np.nan))
+    shapes = [(1, T, 16, 128) for T in lengths]
+    say("plot: forward against sequence length")
+    lines = {"lightning_attn (this file)": [clock(calls(ours())[0], draw(*s, "bfloat16")) for s in shapes]}
+    lines |= {name: [t.get("forward", np.nan) for t in times] for name, times in peers(names, shapes, "bfloat16").items()}
     for name, times in lines.items():
         plt.loglog(lengths, times, marker="o", label=name)
-    plt.xlabel("tokens (batch 1, 16 heads of 128, bfloat16)"); plt.ylabel("forward, ms"); plt.legend(); plt.grid(alpha=0.3)
+    plt.xlabel("tokens (batch 1, 16 heads of 128, bfloat16)"); plt.ylabel(f"forward on {jax.devices()[0].device_kind}, ms")
+    plt.legend(); plt.grid(alpha=0.3)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     plt.savefig(path, dpi=120, bbox_inches="tight")
+    return dict(lengths=lengths, **lines)
 
 
 def on_a_cpu():
@@ -305,25 +302,32 @@ def main():
     parser.add_argument("--shapes", nargs="*", help="B,T,H,D ...")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--peers", nargs="*", default=PEERS, help=f"of {PEERS}")
-    parser.add_argument("--json"), parser.add_argument("--plot"), parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--no-further", action="store_true", help="only the table of shapes")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE.png", help="time against sequence length, all contestants")
+    parser.add_argument("--tune", action="store_true", help="measure the launch configurations")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     options = parser.parse_args()
     shapes = [tuple(int(x) for x in s.split(",")) for s in options.shapes] if options.shapes else SHAPES
     if options.peer:
-        return print(json.dumps(peer(options.peer, shapes[0], options.dtype)))
+        for shape in shapes:
+            try:
+                say(json.dumps(peer(options.peer, shape, options.dtype)))
+            except Exception as error:
+                say(json.dumps({"failed": f"{type(error).__name__}: {error}".splitlines()[0][:160]}))
+        return
     if jax.default_backend() != "gpu":
         result = on_a_cpu()
+    elif options.tune:
+        return tune()
     else:
         rate = copy_rate()
-        say(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, copy rate {rate / 1e12:.2f} TB/s")
-        if options.tune:
-            return tune(rate)
-        result = dict(device=jax.devices()[0].device_kind, jax=jax.__version__, copy_rate=rate, shapes=shapes_table(shapes, options.dtype, options.peers, rate))
-        if not options.no_further:
-            result["further"] = further(rate)
+        result = dict(device=jax.devices()[0].device_kind, jax=jax.__version__, copy_rate=rate)
+        say(f"{result['device']}, jax {jax.__version__}, copy rate {rate / 1e12:.2f} TB/s")
+        result["shapes"] = shapes_table(shapes, options.dtype, options.peers, rate)
+        if not options.shapes:
+            result["further"] = further(options.peers, rate)
         if options.plot:
-            plot(options.plot, [2**n for n in range(11, 18)], [n for n in options.peers if n != "ejkernel"])
+            result["plot"] = plot(options.plot, [2**n for n in range(11, 18)], options.peers)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(result, file, indent=1)

@@ -10,8 +10,10 @@ import importlib.util
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import lightning_attn as la
 from lightning_attn import lightning_attn, lightning_attn_reference, lightning_g_gamma
@@ -276,14 +279,6 @@ PATHS = [pytest.param("xla"),
            for p in ("interpreter", "gluon")),
          pytest.param("gpu", marks=wants_gpu)]
 each_path = pytest.mark.parametrize("path", PATHS)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def say_what_wants_a_gpu(request):
-    yield
-    count = sum(any(m.name == "skipif" and m.kwargs.get("reason") == "wants a GPU" and m.args[0] for m in item.iter_markers())
-                for item in request.session.items)
-    request.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\n{count} cases want a GPU and were not run")
 
 
 # The oracle ---------------------------------------------------------------------------------------------------------------------
@@ -790,6 +785,266 @@ print(float(jax.jit(jax.grad(lambda x: lightning_attn(x, x, x, 1, 4)[0].sum()))(
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith("-atime")) == cached
 
 
+# What was tried to break it -----------------------------------------------------------------------------------------------------
+
+EXAMPLES = {"xla": 12, "interpreter": 4, "gluon": 8, "gpu": 5}
+ROUNDING = {"float32": 3e-5, "bfloat16": 1.5e-2, "float16": 2e-3}
+
+
+@st.composite
+def drawn_calls(draw):
+    """Arguments of a call: batches and packs, both directions, every dtype, grouped heads, decays from none to all."""
+    one_of = lambda *x: draw(st.sampled_from(x))
+    T, cu = one_of(1, 17, 64, 65, 130, 200), None
+    H = one_of(1, 2, 4)
+    K, V = one_of((8, 8), (16, 24), (64, 64), (5, 130))
+    B = one_of(1, 2)
+    if B == 1 and one_of(True, False):
+        cu = [0, *sorted(draw(st.lists(st.integers(0, T), min_size=1, max_size=3)))]
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    dtype = one_of("float32", "bfloat16", "float16")
+    make = lambda *shape, dtype=dtype: jnp.asarray(rng.standard_normal(shape), dtype)
+    Hk = one_of(1, H)
+    return dict(q=make(B, T, H, K), k=make(B, T, Hk, K), v=make(B, T, Hk, V), s0=make(B if cu is None else len(cu) - 1, H, K, V, dtype="float32"),
+                g=[one_of(0.0, -1e-3, -0.1, -2.0, -50.0) for _ in range(H)], reverse=one_of(False, True), cu=cu)
+
+
+def searched(check):
+    """A test of `check(f, call, rng, same)` on every path: f runs a call, `same` compares up to the rounding of its dtype."""
+    @each_path
+    def test(path):
+        def f(q, k, v, s0, g, reverse, cu):
+            o, s = attend(path, q, k, v, g_gamma=jnp.asarray(g, jnp.float32), initial_state=s0, reverse=reverse,
+                          cu_seqlens=None if cu is None else jnp.asarray(cu, jnp.int32))
+            return np.asarray(o.astype(jnp.float32)), np.asarray(s)
+
+        @settings(max_examples=EXAMPLES[path], deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+        @given(drawn_calls())
+        def search(call):
+            bar = ROUNDING[str(call["q"].dtype)]
+            def same(a, b, bar=bar):
+                assert np.linalg.norm(a - b) <= bar * max(np.linalg.norm(b), 1e-2 * b.size**0.5)
+            with jax.default_matmul_precision("highest"):
+                check(f, call, np.random.default_rng(0), same)
+        search()
+    test.__doc__ = check.__doc__
+    return test
+
+
+@searched
+def test_a_cut_sequence_goes_on_from_its_state(f, call, rng, same):
+    T = call["q"].shape[1]
+    call |= dict(cu=None, s0=call["s0"][:1].repeat(call["q"].shape[0], 0))
+    cut = int(rng.integers(0, T + 1))
+    part = lambda a, b: call | {n: call[n][:, a:b] for n in "qkv"}
+    first, second = (part(cut, T), part(0, cut)) if call["reverse"] else (part(0, cut), part(cut, T))
+    o1, s = f(**first)
+    o2, s = f(**second | dict(s0=jnp.asarray(s)))
+    o, whole = f(**call)
+    same(np.concatenate([o2, o1] if call["reverse"] else [o1, o2], 1), o)
+    same(s, whole)
+
+
+@searched
+def test_a_pack_is_its_sequences(f, call, rng, same):
+    call |= dict(cu=call["cu"] or [0, call["q"].shape[1]], **{n: call[n][:1] for n in "qkv"})
+    call["s0"] = call["s0"][:1].repeat(len(call["cu"]) - 1, 0)
+    o, s = f(**call)
+    for i, (a, b) in enumerate(zip(call["cu"], call["cu"][1:])):
+        one, end = f(**call | {n: call[n][:, a:b] for n in "qkv"} | dict(cu=None, s0=call["s0"][i:i + 1]))
+        same(o[:, a:b], one)
+        same(s[i:i + 1], end)
+    assert not o[:, call["cu"][-1]:].any()
+
+
+@searched
+def test_reverse_is_flipping(f, call, rng, same):
+    o, s = f(**call)
+    T, cu = call["q"].shape[1], call["cu"]
+    flipped = {n: call[n][:, ::-1] for n in "qkv"} | dict(reverse=not call["reverse"])
+    if cu:                                                       # padding comes first then: an interval of its own
+        flipped |= dict(cu=[0, *(T - c for c in cu[::-1])], s0=jnp.concatenate([call["s0"][:1], call["s0"][::-1]]))
+    o2, s2 = f(**call | flipped)
+    o2, s2 = o2[:, ::-1], s2[:0:-1] if cu else s2
+    same(o2[:, :cu[-1]] if cu else o2, o[:, :cu[-1]] if cu else o)
+    same(s2, s)
+
+
+@searched
+def test_grouped_heads_are_repeated_ones(f, call, rng, same):
+    H = call["q"].shape[2]
+    for a, b in zip(f(**call), f(**call | {n: jnp.repeat(call[n], H // call[n].shape[2], 2) for n in "kv"})):
+        assert np.array_equal(a, b)
+
+
+@searched
+def test_later_tokens_change_nothing_before_them(f, call, rng, same):
+    T = call["q"].shape[1]
+    t = int(rng.integers(0, T))
+    later = slice(0, t) if call["reverse"] else slice(t, T)
+    change = {n: call[n].at[:, later].set(jnp.asarray(rng.standard_normal(call[n][:, later].shape), call[n].dtype)) for n in "qkv"}
+    before = slice(t, T) if call["reverse"] else slice(0, t)
+    assert np.array_equal(f(**call)[0][:, before], f(**call | change)[0][:, before])
+
+
+@searched
+def test_linear_in_queries_keys_values_and_states(f, call, rng, same):
+    call |= {n: call[n].astype(jnp.float32) for n in "qkv"}
+    def same(a, b): assert np.linalg.norm(a - b) <= 3e-5 * max(np.linalg.norm(b), b.size**0.5)
+    for names in ["q"], ["k", "s0"], ["v", "s0"]:
+        other = {n: jnp.asarray(rng.standard_normal(call[n].shape), jnp.float32) for n in names}
+        a, b, c = f(**call), f(**call | other), f(**call | {n: call[n] + 2 * other[n] for n in names})
+        same(a[0] + 2 * b[0], c[0])
+        same(a[1] if names == ["q"] else a[1] + 2 * b[1], c[1])
+
+
+@searched
+def test_nothing_depends_on_its_neighbours(f, call, rng, same):
+    """Two runs are bit-identical, and so is a head, a batch row or a packed sequence whatever the others hold, NaN included."""
+    first, again = f(**call), f(**call)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again))
+    cu, (B, T, H, _), Hk = call["cu"], call["q"].shape, call["k"].shape[2]
+    if H == Hk > 1:                                              # another head
+        o, s = f(**call | {n: call[n].at[:, :, 0].set(jnp.nan) for n in "qkv"})
+        assert np.array_equal(o[:, :, 1:], first[0][:, :, 1:]) and np.array_equal(s[:, 1:], first[1][:, 1:])
+    if cu:                                                       # every sequence but the first, and the padding
+        o, s = f(**call | {n: call[n].at[:, cu[1]:].set(jnp.inf) for n in "qkv"})
+        assert np.array_equal(o[:, :cu[1]], first[0][:, :cu[1]]) and np.array_equal(s[0], first[1][0])
+        assert not o[:, cu[-1]:].any()
+    elif B > 1:                                                  # another row
+        o, s = f(**call | {n: call[n].at[0].set(jnp.nan) for n in "qkv"})
+        assert np.array_equal(o[1:], first[0][1:]) and np.array_equal(s[1:], first[1][1:])
+
+
+@each_path
+@pytest.mark.parametrize("dtype, tiny, huge", [("float32", 1e-40, 1e18), ("bfloat16", 1e-40, 1e18), ("float16", 1e-7, 1e2)])
+def test_tiny_and_huge_values(path, dtype, tiny, huge):
+    """Denormal values give zeros or what is right; products near the largest number give no NaN."""
+    q, k, v, s0, do, ds = inputs(40, 1, 70, 2, 2, 16, 16, dtype)
+    g = np.array([0.0, -0.5])
+    want = lambda q, k, v, s0: oracle(q, k, v, g, 0.25, s0, do, ds)[:2]
+    run = lambda *a: attend(path, *a[:3], initial_state=a[3], g_gamma=jnp.asarray(g, jnp.float32))
+    bar = 2e-3 if dtype == "float32" else BAR[dtype]             # default precision: TF32 on GPUs
+    small = q, k * tiny, v, s0 * 0
+    for a, b in zip(run(*small), want(*small)):
+        assert np.isfinite(np.asarray(a, np.float32)).all() and np.abs(np.asarray(a, np.float64) - b).max() <= 200 * tiny
+    large = (q * huge).astype(dtype), (k * huge).astype(dtype), (v / huge).astype(dtype), s0
+    for a, b in zip(run(*large), want(*large)):
+        assert error(a, b) < bar
+
+
+@wants_gpu
+def test_arrays_beyond_2_31_elements():
+    B, T, H, D = 5, 2**18, 16, 128                               # 2.7e9 elements; the last row lies past 2^31
+    draw = jax.jit(lambda key: jax.random.normal(key, (B, T, H, D), jnp.bfloat16))
+    q, k, v = map(draw, jax.random.split(jax.random.key(0), 3))
+    for reverse in False, True:
+        o, s = lightning_attn(q, k, v, 3, 8, reverse=reverse)
+        one, end = lightning_attn(*(x[-1:] for x in (q, k, v)), 3, 8, reverse=reverse)
+        assert error(o[-1:, -4096:].astype(jnp.float32), one[:, -4096:].astype(jnp.float32)) < 4e-3 and error(s[-1:], end) < 1e-3
+        assert error(o[-1:, :4096].astype(jnp.float32), one[:, :4096].astype(jnp.float32)) < 4e-3
+        del o, s, one, end
+
+
+@wants_gpu
+def test_four_million_tokens_in_one_sequence():
+    """At chosen positions, against sums in float64 over all the tokens before (g = 0) and over those that still count."""
+    T, H, D = 2**22, 2, 64
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, T, H, D), np.float32).astype(jnp.bfloat16) for _ in range(3))
+    g = np.array([0.0, -0.01])
+    o, s = lightning_attn(q, k, v, g_gamma=jnp.asarray(g, jnp.float32), softmax_scale=1.0)
+    o = np.asarray(o[0].astype(jnp.float32))
+    S, done = np.zeros((D, D)), 0
+    for t in 0, 1000, T // 3, T - 1:
+        S += k[0, done:t + 1, 0].astype(np.float64).T @ v[0, done:t + 1, 0].astype(np.float64)
+        done = t + 1
+        assert error(o[t, 0], q[0, t, 0].astype(np.float64) @ S) < 6e-3, t
+        near = slice(max(0, t - 8000), t + 1)
+        weight = np.exp(g[1] * (t - np.arange(near.start, t + 1)))[:, None]
+        assert error(o[t, 1], q[0, t, 1].astype(np.float64) @ ((k[0, near, 1] * weight).astype(np.float64).T @ v[0, near, 1].astype(np.float64))) < 6e-3, t
+    assert error(s[0, 0], S) < 1e-3
+
+
+@wants_gpu
+def test_65536_packed_sequences_of_1_to_3_tokens():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 4, 65536)
+    cu = np.concatenate([[0], np.cumsum(lengths)])
+    T, H, D = int(cu[-1]), 2, 16
+    q, k, v, do = (rng.standard_normal((1, T, H, D), np.float32) for _ in range(4))
+    g = np.array([-0.2, -1.5])
+    with jax.default_matmul_precision("highest"):
+        run = lambda v: lightning_attn(q, k, v, g_gamma=jnp.asarray(g, jnp.float32), softmax_scale=1.0, cu_seqlens=jnp.asarray(cu, jnp.int32))
+        (o, s), back = jax.vjp(run, jnp.asarray(v))
+        dv = np.asarray(back((jnp.asarray(do), s * 0))[0])
+    want, want_dv = np.zeros((T, H, D)), np.zeros((T, H, D))
+    place = np.arange(T) - np.repeat(cu[:-1], lengths)
+    for back_by in range(3):
+        i = np.flatnonzero(place >= back_by)
+        score = np.einsum("thd,thd->th", q[0, i], k[0, i - back_by]) * np.exp(g * back_by)
+        want[i] += score[..., None] * v[0, i - back_by]
+        want_dv[i - back_by] += score[..., None] * do[0, i]
+    assert error(o[0], want) < 1e-5 and error(dv[0], want_dv) < 1e-5
+    last = np.einsum("nhk,nhv->nhkv", k[0, cu[1:] - 1], v[0, cu[1:] - 1])
+    ones = lengths == 1
+    assert error(np.asarray(s)[ones], last[ones]) < 1e-5
+
+
+@wants_gpu
+def test_more_than_65535_programs():
+    q, k, v, s0, do, ds = inputs(41, 1100, 20, 64, 64, 16, 16, "bfloat16")
+    o, s = lightning_attn(q, k, v, 3, 8, initial_state=s0)
+    want, end = lightning_attn(q, k, v, 3, 8, initial_state=s0, backend="xla")
+    assert error(o.astype(jnp.float32), want.astype(jnp.float32)) < 6e-3 and error(s, end) < 6e-3
+
+
+@wants_gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_million_tokens_that_no_one_forgets_or_everyone_does(dtype):
+    T, D = 2**20, 64
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, T, 2, D), np.float32).astype(dtype) for _ in range(3))
+    with jax.default_matmul_precision("highest"):
+        o, s = lightning_attn(q, k, v, g_gamma=jnp.array([0.0, -1e4]), softmax_scale=1.0)
+    exact = lambda x: x.astype(np.float64)
+    assert error(s[0, 0], exact(k[0, :, 0]).T @ exact(v[0, :, 0])) < (1e-3 if dtype == "bfloat16" else 1e-5)
+    forgets = (exact(q[0, :, 1]) * exact(k[0, :, 1])).sum(-1, keepdims=True) * exact(v[0, :, 1])
+    assert error(o[0, :, 1].astype(jnp.float32), forgets) < (6e-3 if dtype == "bfloat16" else 1e-5)
+
+
+SANITIZED = """
+import jax, jax.numpy as jnp, numpy as np
+from lightning_attn import lightning_attn
+rng = np.random.default_rng(0)
+def x(*shape, dtype="bfloat16"): return jnp.asarray(rng.standard_normal(shape), dtype)
+def run(B, T, H, Hk, D, dtype="bfloat16", cu=None, **kw):
+    n = B if cu is None else len(cu) - 1
+    args = x(B, T, H, D, dtype=dtype), x(B, T, Hk, D, dtype=dtype), x(B, T, Hk, D, dtype=dtype), x(n, H, D, D, dtype="float32")
+    f = jax.jit(lambda cu, q, k, v, s: jax.vjp(lambda *a: lightning_attn(*a[:3], g_gamma=jnp.linspace(-1, 0, H), initial_state=a[3], cu_seqlens=cu, **kw), q, k, v, s))
+    out, back = f(None if cu is None else jnp.asarray(cu, jnp.int32), *args)
+    jax.block_until_ready(jax.jit(back)(jax.tree.map(jnp.ones_like, out)))
+run(2, 128, 2, 1, 128)
+run(1, 1100, 2, 2, 64, reverse=True)
+run(1, 200, 2, 2, 128, cu=[0, 0, 5, 70, 70, 190])
+run(1, 200, 2, 2, 64, cu=[0, 2**31 - 1, -5, 150, 100, -2**31], reverse=True)
+run(1, 200, 2, 2, 64, dtype="float32", cu=[200, 2**31 - 1, 0, 150, 1000])
+run(3, 1, 2, 2, 96)
+run(1, 100, 2, 2, 40, dtype="float32")
+print("ran")
+"""
+
+
+@wants_gpu
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_compute_sanitizer(tool):
+    """Forward, backward, packed, reverse, decode and ragged, and boundaries that are nonsense, each array an allocation of its own."""
+    ran = subprocess.run(["compute-sanitizer", "--tool", tool, "--kernel-name", "kns=_kernel", "--error-exitcode", "9", sys.executable, "-c", SANITIZED],
+                         capture_output=True, text=True, cwd=FILE.parent, env=os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"})
+    assert ran.returncode == 0 and "ran" in ran.stdout, (ran.stdout + ran.stderr)[-3000:]
+
+
 # Many devices: 8 virtual CPUs ---------------------------------------------------------------------------------------------------
 
 P = jax.sharding.PartitionSpec
@@ -916,19 +1171,12 @@ def test_snippets_of_the_readme():
 # Every GPU, without one ---------------------------------------------------------------------------------------------------------
 
 def launches(arch, run):
-    """What tracing `run` would launch on a GPU of that architecture: (kernel, types and values of its arguments, options)."""
+    """What tracing `run` would launch on a GPU of that architecture: (kernel, arrays, other arguments, options)."""
     found, TensorDescriptor = [], la.jax_triton.TensorDescriptor
-    names = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
 
     def record(*arrays, kernel, out_type, grid, backend_options, **arguments):
-        out = jax.tree.leaves(out_type)
         options = {n: arguments.pop(n) for n in ("num_warps", "num_stages")} | backend_options
-        def kind(x):
-            if isinstance(x, TensorDescriptor):
-                return f"tensordesc<{names[str(x.base.dtype)][1:]}{list(x.block_shape)}>"
-            return names[str(x.dtype)]
-        pointers = dict(zip(kernel.arg_names, map(kind, (*arrays, *out))))
-        found.append((kernel, pointers, arguments, options))
+        found.append((kernel, (*arrays, *jax.tree.leaves(out_type)), arguments, options))
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out_type)
 
     with pytest.MonkeyPatch.context() as m:
@@ -940,41 +1188,78 @@ def launches(arch, run):
     return found
 
 
-def build(kernel, pointers, arguments, options, arch):
-    """Compiles a launch for an architecture; (bytes of shared memory, bytes of stack a thread or None)."""
+def build(kernel, arrays, arguments, options, arch):
+    """Compiles a launch as jax-triton does: bytes of shared memory, and on Hopper the bytes of registers that are spilled."""
     import triton
+    from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
-    fixed = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
-    signature = {n: pointers[n] if n in pointers else "constexpr" if n in fixed else "fp32" if isinstance(arguments[n], float) else "i32"
-                 for n in kernel.arg_names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n][0] == "*"}
-    built = triton.compile(ASTSource(kernel, signature, fixed, attributes), target=target, options=dict(options))
-    return built.metadata.shared
+    from triton.compiler import ASTSource, make_backend
+    from triton.experimental.gluon._runtime import GluonASTSource
+    kind = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
+
+    def type_of(x):
+        if isinstance(x, la.jax_triton.TensorDescriptor):
+            return f"tensordesc<{kind[str(x.base.dtype)]}[{','.join(map(str, x.block_shape))}],{x.layout!r}>"
+        return "*" + kind[str(x.dtype)] if hasattr(x, "shape") else "fp32" if isinstance(x, float) else "i32" if x < 2**31 else "i64"
+
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    values = dict(zip((n for n in kernel.arg_names if n not in arguments), arrays)) | arguments
+    fixed = {n: values[n] for n in kernel.arg_names if n in constants or type(values[n]) is int and values[n] == 1}
+    signature = {n: "constexpr" if n in fixed else type_of(values[n]) for n in kernel.arg_names}
+    divides = lambda n: signature[n][0] == "*" or type(values[n]) is int and n not in fixed and values[n] % 16 == 0
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if divides(n)}
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, fixed, attributes)
+    if arch.startswith("gfx"):
+        return triton.compile(source, target=GPUTarget("hip", arch, 64), options=dict(options)).metadata.shared, 0
+    number = int(arch[3:])
+    target = GPUTarget("cuda", number, 32)
+    backend, context, about = make_backend(target), ir.context(), {}
+    options = backend.parse_options(dict(options))
+    ir.load_dialects(context), backend.load_dialects(context)
+    code = source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    for step in backend.make_ttir, backend.make_ttgir, backend.make_llir, backend.make_ptx:
+        code = step(code, about, options, number)
+    if number != 90:
+        return about["shared"], 0
+    tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        (ptx := pathlib.Path(folder, "kernel.ptx")).write_text(code)
+        said = subprocess.run([tools / "ptxas-blackwell", "-arch=sm_90a", "-v", ptx, "-o", ptx.with_suffix(".cubin")], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    return about["shared"], int(re.search(r"(\d+) bytes spill stores", said.stderr)[1])
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
 def test_compiles_and_fits(arch, dtype):
-    """Each configuration that can be chosen, for a long sequence (with a segment's states) and, where it differs, a decode step."""
-    table = []
+    """Each configuration that can be chosen: long sequences, with their gradients for one head dim, and a decode step."""
+    table = {}
     for D in 16, 64, 96, 128, 192, 256, 512:
-        seen = set()
         for T in (4096, 1) if D == 128 else (4096,):
-            x = jax.ShapeDtypeStruct((1, T, 2, D), dtype)
-            run = lambda: lightning_attn(*(jnp.zeros(x.shape, x.dtype) for _ in range(3)), 12, 24, backend="triton")
-            for launch in launches(arch, run):
-                key = launch[0].__name__, repr({n: v for n, v in launch[2].items() if n in ("K", "V", "BK", "BV", "C")}), repr(launch[3])
-                if key in seen or launch[0].__name__ == "_states_kernel" and D not in (64, 512):
-                    continue
-                seen.add(key)
-                shared = build(*launch, arch)
-                table.append((*key, shared))
-                assert shared <= la._SHARED_MEMORY[arch] * 1024, table[-1]
+            x = jnp.zeros((1, T, 2, D), dtype)
+            forward = lambda q: lightning_attn(q, x, x, 12, 24, backend="triton")[0].sum()
+            for launch in launches(arch, lambda: jax.value_and_grad(forward)(x) if D == 128 and T > 1 else forward(x)):
+                kernel, _, arguments, options = launch
+                tile = {n: arguments.get(n) for n in ("BK", "BV", "C", "REVERSE", "POST", "HAS_S0")}
+                edges = arguments["K"] % tile["BK"] > 0, arguments["V"] % tile["BV"] > 0
+                key = kernel.__name__, *tile.values(), *edges, *options.values()
+                if key not in table:
+                    table[key] = shared, spilled = build(*launch, arch)
+                    assert shared <= la._SHARED_MEMORY[arch] * 1024, (key, shared)
+                    assert not (spilled and kernel.is_gluon()), (key, spilled)
     assert len(table) >= 8
+    assert any(key[0] == "_hopper_kernel" for key in table) == (arch == "sm_90" and dtype != "float32")
+
+
+class Summary:
+    """Says at the end how many cases want a GPU: a skipped case is not a passed one."""
+
+    def pytest_terminal_summary(self, terminalreporter):
+        count = sum("wants a GPU" in str(r.longrepr) for r in terminalreporter.stats.get("skipped", []))
+        terminalreporter.write_line(f"\n{count} cases want a GPU and were not run")
 
 
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-q", *sys.argv[1:]]))
+    workers = ["-n", str(len(os.sched_getaffinity(0)))] if importlib.util.find_spec("xdist") and "-n" not in sys.argv else []
+    sys.exit(pytest.main([__file__, "-q", *workers, *sys.argv[1:]], [Summary()]))
