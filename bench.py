@@ -7,11 +7,13 @@ clock    calls are queued for 0.2 s and waited for once, several rounds, the med
          Python is not what is measured; inputs rotate where they would fit in L2
 """
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -38,25 +40,42 @@ def rounds(queue, seconds=0.2, count=3):
     return float(np.median(times)) * 1e3
 
 
-def clock(f, sets):
-    """Time of f(*inputs) in ms, over rotating sets of inputs. Calls shorter than Python's own are made 20 to a jit."""
-    inside = 1 if sum(x.size * x.dtype.itemsize for x in sets[0]) > 2**27 else 20
-    if inside == 1:
-        f = jax.jit(f)
-        def queue(n):
+def program(f, sets):
+    """Compiles f for such sets of inputs; returns a function of sets that gives `rounds` its queue, and how many calls are one there.
+    Calls shorter than Python's own are made 20 to a jit."""
+    if sum(x.size * x.dtype.itemsize for x in sets[0]) > 2**27:
+        one = jax.jit(f).lower(*sets[0]).compile()
+        def queue(sets, n):
             for i in range(n):
-                out = f(*sets[i % len(sets)])
+                out = one(*sets[i % len(sets)])
             jax.block_until_ready(out)
-        return rounds(queue)
-    def repeated(sets):                                          # the barrier keeps XLA from merging equal calls
-        return [f(*jax.lax.optimization_barrier(sets[i % len(sets)])) for i in range(inside)]
+        return queue, 1
+    def repeated(sets):                                          # each call waits for the one before: XLA would merge equal ones
+        outs = [()]
+        for i in range(20):
+            inputs, outs[-1] = jax.lax.optimization_barrier((sets[i % len(sets)], outs[-1]))
+            outs.append(f(*inputs))
+        return outs
 
-    many = jax.jit(repeated)
-    def queue(n):
+    many = jax.jit(repeated).lower(sets).compile()
+    def queue(sets, n):
         for _ in range(n):
             out = many(sets)
         jax.block_until_ready(out)
-    return rounds(queue) / inside
+    return queue, 20
+
+
+def clock(cases):
+    """{name: ms} of cases {name: (f, a function that draws sets of its inputs)}; compiled side by side, as a compiler keeps one core busy,
+    and timed one by one, over rotating sets of inputs."""
+    with ThreadPoolExecutor() as pool:
+        programs = list(pool.map(lambda case: program(case[0], jax.eval_shape(case[1])), cases.values()))
+    times = {}
+    for (name, (_, make)), (queue, calls) in zip(cases.items(), programs):
+        sets = make()
+        times[name] = rounds(functools.partial(queue, sets)) / calls
+        say(f"    {name if isinstance(name, str) else ' '.join(map(str, name))}: {times[name]:.4f} ms")
+    return times
 
 
 def copy_rate():
@@ -100,9 +119,9 @@ def peer(name, shape, dtype):
     if name in ("softmax", "ejkernel"):
         sets = draw(*shape, dtype)
         if name == "softmax":
-            forward, _, both = calls(lambda q, k, v: (jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"), None))
-            t = clock(forward, sets)
-            return dict(forward=t, backward=clock(both, sets) - t)
+            attend = lambda q, k, v: (jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"), None)
+            times = [rounds(functools.partial(queue, sets)) / n for queue, n in (program(call, sets) for call in calls(attend)[::2])]
+            return dict(forward=times[0], backward=times[1] - times[0])
         from ejkernel.kernels._triton.lightning_attn import lightning_attn as theirs
         f = lambda q, k, v: theirs(q, k, v, *LAYER)[0]           # cannot be jitted
         def queue(call):
@@ -160,21 +179,19 @@ def peers(names, shapes, dtype):
 
 # What is measured ---------------------------------------------------------------------------------------------------------------
 
-def memory(f, args):
-    """Bytes that a jitted call needs beyond its inputs and outputs."""
-    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
-
-
 def shapes_table(shapes, dtype, names, rate):
+    say("forward, backward, and both")
+    times = clock({(shape, way): (call, functools.partial(draw, *shape, dtype))
+                   for shape in shapes for way, call in zip(("forward", "backward", "both"), calls(ours()))})
     rows = []
-    say(f"{'B, T, H, D':>20} {dtype:>9} | forward: ms, of floor | backward: ms, of floor | both: ms | extra memory, of q, k, v, o")
+    say(f"{'B, T, H, D':>30} | forward: ms, of floor | backward: ms, of floor | both: ms | extra memory, of q, k, v, o")
     for shape in shapes:
-        sets = draw(*shape, dtype)
-        size = sets[0][0].size * sets[0][0].dtype.itemsize
-        f, b, both = (clock(call, sets) for call in calls(ours()))
+        f, b, both = (times[shape, way] for way in ("forward", "backward", "both"))
+        one = jax.eval_shape(functools.partial(draw, *shape, dtype))[0]
+        size = one[0].size * one[0].dtype.itemsize
+        extra = jax.jit(calls(ours())[2]).lower(*one).compile().memory_analysis().temp_size_in_bytes
         rows.append(dict(shape=shape, dtype=dtype, forward=f, backward=b, both=both, forward_of_floor=4 * size / rate * 1e3 / f,
-                         backward_of_floor=7 * size / rate * 1e3 / b, extra_memory=memory(calls(ours())[2], sets[0]) / (4 * size)))
-        del sets
+                         backward_of_floor=7 * size / rate * 1e3 / b, extra_memory=extra / (4 * size)))
         say(f"{str(shape):>30} | {f:.3f}, {rows[-1]['forward_of_floor']:.0%} | {b:.3f}, {rows[-1]['backward_of_floor']:.0%} | {both:.3f} | {rows[-1]['extra_memory']:.1%}")
     found = peers(names, shapes, dtype)
     for i, row in enumerate(rows):
@@ -186,55 +203,56 @@ def shapes_table(shapes, dtype, names, rate):
 
 
 def further(names, rate):
-    rows = {}
-    def note(name, value):
-        rows[name] = value
-        say(f"  {name}: {value:.4g}")
     from lightning_attn import lightning_attn
     T, H, D = 32768, 32, 128
     rng = np.random.default_rng(0)
-    sets = draw(1, T, H, D, "bfloat16")
     cu = jnp.asarray(np.r_[0, np.sort(rng.integers(1, T, 31)), T], jnp.int32)
-    forward, backward, _ = calls(ours())
-    one, one_back = clock(forward, sets), clock(backward, sets)
-    packed = [(*s, cu) for s in sets]
-    f = lambda q, k, v, cu: lightning_attn(q, k, v, *LAYER, cu_seqlens=cu)
-    note("32 packed sequences / one sequence of 32768, forward", clock(lambda q, k, v, do, cu: f(q, k, v, cu), packed) / one)
-    note("32 packed sequences / one sequence of 32768, backward", clock(lambda q, k, v, do, cu: jax.vjp(lambda *x: f(*x, cu)[0], q, k, v)[1](do), packed) / one_back)
-    grouped = draw(1, T, 32, D, "bfloat16", Hk=8)
-    repeated = calls(lambda q, k, v: ours()(q, jnp.repeat(k, 4, 2), jnp.repeat(v, 4, 2)))
-    note("32 query, 8 kv heads: repeated first / ours, forward", clock(repeated[0], grouped) / clock(forward, grouped))
-    note("32 query, 8 kv heads: repeated first / ours, backward", clock(repeated[1], grouped) / clock(backward, grouped))
-    del sets, packed, grouped
-    decode = [(B, 1, H, D) for B in (1, 64, 256)]
-    for B, *_ in decode:
-        sets = [(*s[:3], jax.random.normal(jax.random.key(1), (B, H, D, D))) for s in draw(B, 1, H, D, "bfloat16")[:1 if B > 1 else 4]]
-        t = clock(lambda q, k, v, s: lightning_attn(q, k, v, *LAYER, initial_state=s), sets)
-        note(f"decode step, B={B}, us", t * 1e3)
-        note(f"decode step, B={B}, of the copy rate", 2 * B * H * D * D * 4 / rate * 1e3 / t)
-    rows["decode, peers"] = peers([n for n in names if n == "fla_recurrent"], decode, "bfloat16")
-    for dtype in "float16", "float32":
-        sets = draw(4, 4096, 32, 128, dtype)
-        note(f"{dtype} (4, 4096, 32, 128), forward ms", clock(forward, sets))
-        note(f"{dtype} (4, 4096, 32, 128), backward ms", clock(backward, sets))
-    for T in 2**15, 2**17, 2**20:
-        sets = draw(1, T, 16, 128, "bfloat16")
-        note(f"{T} tokens, 16 heads of 128: forward, ns a token", clock(forward, sets) / T * 1e6)
-        note(f"{T} tokens, 16 heads of 128: backward, ns a token", clock(backward, sets) / T * 1e6)
-    del sets
-    code = ("import time, jax, jax.numpy as jnp, lightning_attn as la\nx = jnp.ones((1, 4096, 16, 128), jnp.bfloat16)\n"
-            "jax.block_until_ready(x + 1)\nlaunch, kernels = la._launch, set()\n"
-            "def count(kernel, *arrays, **arguments):\n"
-            "    kernels.add((kernel.__name__, *((n, a) for n, a in arguments.items() if isinstance(a, (bool, int)) and n not in ('T', 'L', 'R', 'Z'))))\n"
-            "    return launch(kernel, *arrays, **arguments)\n"
-            "la._launch, t = count, time.perf_counter()\n"
-            "jax.block_until_ready(jax.jit(jax.grad(lambda q, k, v: la.lightning_attn(q, k, v, 12, 24)[0].astype(jnp.float32).sum(), (0, 1, 2)))(x, x, x))\n"
-            "print(time.perf_counter() - t, len(kernels))")
-    first = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
-    seconds, kernels = first.stdout.split()[-2:] if first.returncode == 0 else (float("nan"),) * 2
-    note("first jitted gradient of a process, s", float(seconds))
-    note("kernels compiled for it, at most", float(kernels))
+    ways = dict(zip(("forward", "backward"), calls(ours())))
+    repeated = dict(zip(ways, calls(lambda q, k, v: ours()(q, jnp.repeat(k, 4, 2), jnp.repeat(v, 4, 2)))))
+    packed = lambda way: lambda q, k, v, do, cu: calls(ours(cu_seqlens=cu))[list(ways).index(way)](q, k, v, do)
+    step = lambda q, k, v, s: lightning_attn(q, k, v, *LAYER, initial_state=s)
+    states = lambda B: [(*s[:3], jax.random.normal(jax.random.key(1), (B, H, D, D))) for s in draw(B, 1, H, D, "bfloat16")[:1 if B > 1 else 4]]
+    cases = {}
+    for way, call in ways.items():
+        cases[f"one sequence of {T}, {way}"] = call, lambda: draw(1, T, H, D, "bfloat16")
+        cases[f"32 packed sequences, {way}"] = packed(way), lambda: [(*s, cu) for s in draw(1, T, H, D, "bfloat16")]
+        cases[f"32 query, 8 kv heads, {way}"] = call, lambda: draw(1, T, 32, D, "bfloat16", Hk=8)
+        cases[f"keys and values repeated for 32 heads first, {way}"] = repeated[way], lambda: draw(1, T, 32, D, "bfloat16", Hk=8)
+        for dtype in "float16", "float32":
+            cases[f"{dtype} (4, 4096, 32, 128), {way}"] = call, functools.partial(draw, 4, 4096, 32, 128, dtype)
+        for t in 2**15, 2**17, 2**20:
+            cases[f"{t} tokens of 16 heads of 128, {way}"] = call, functools.partial(draw, 1, t, 16, 128, "bfloat16")
+    for B in 1, 64, 256:
+        cases[f"decode step, B={B}"] = step, functools.partial(states, B)
+    rows = dict(ms=(times := clock(cases)), ratios={})
+    def note(name, value):
+        rows["ratios"][name] = value
+        say(f"  {name}: {value:.4g}")
+    for way in ways:
+        note(f"packed / one sequence, {way}", times[f"32 packed sequences, {way}"] / times[f"one sequence of {T}, {way}"])
+        note(f"repeated / grouped heads, {way}", times[f"keys and values repeated for 32 heads first, {way}"] / times[f"32 query, 8 kv heads, {way}"])
+        note(f"time a token, 2^20 / 2^15 tokens, {way}", times[f"{2**20} tokens of 16 heads of 128, {way}"] / times[f"{2**15} tokens of 16 heads of 128, {way}"] / 32)
+    for B in 1, 64, 256:
+        note(f"decode step, B={B}, of the copy rate", 2 * B * H * D * D * 4 / rate * 1e3 / times[f"decode step, B={B}"])
+    rows["decode, peers"] = peers([n for n in names if n == "fla_recurrent"], [(B, 1, H, D) for B in (1, 64, 256)], "bfloat16")
+    first = subprocess.run([sys.executable, "-c", FIRST_GRADIENT], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
+    seconds, kernels = map(float, first.stdout.split()[-2:] if first.returncode == 0 else ("nan",) * 2)
+    note("first jitted gradient of a process, s", seconds)
+    note("kernels compiled for it", kernels)
     return rows
+
+
+FIRST_GRADIENT = """
+import time, jax, jax.numpy as jnp, jax_triton.triton_lib as lib
+from lightning_attn import lightning_attn
+x = jnp.ones((1, 4096, 16, 128), jnp.bfloat16)
+jax.block_until_ready(x + 1)
+compile, kernels = lib.compile_ttir_inplace, []
+lib.compile_ttir_inplace = lambda *args: kernels.append(1) or compile(*args)
+start = time.perf_counter()
+jax.block_until_ready(jax.jit(jax.grad(lambda q, k, v: lightning_attn(q, k, v, 12, 24)[0].astype(jnp.float32).sum(), (0, 1, 2)))(x, x, x))
+print(time.perf_counter() - start, len(kernels))
+"""
 
 
 def tune():
@@ -251,7 +269,8 @@ def tune():
                 la._config = lambda *a: dataclasses.replace(chosen(*a), kernel=kernel, C=C, BV=BV, num_warps=warps, num_stages=stages)
                 jax.clear_caches()
                 try:
-                    rows.append((clock(lambda q, k, v, do: ours()(q, k, v), sets), kernel.__name__, C, BV, warps, stages))
+                    queue, n = program(calls(ours())[0], sets)
+                    rows.append((rounds(functools.partial(queue, sets)) / n, kernel.__name__, C, BV, warps, stages))
                 except Exception as error:                       # does not fit
                     say("   ", kernel.__name__, C, BV, warps, stages, str(error).splitlines()[0][:80])
         la._config = chosen
@@ -266,7 +285,7 @@ def plot(path, lengths, names):
     import matplotlib.pyplot as plt
     shapes = [(1, T, 16, 128) for T in lengths]
     say("plot: forward against sequence length")
-    lines = {"lightning_attn (this file)": [clock(calls(ours())[0], draw(*s, "bfloat16")) for s in shapes]}
+    lines = {"lightning_attn (this file)": list(clock({s: (calls(ours())[0], functools.partial(draw, *s, "bfloat16")) for s in shapes}).values())}
     lines |= {name: [t.get("forward", np.nan) for t in times] for name, times in peers(names, shapes, "bfloat16").items()}
     for name, times in lines.items():
         plt.loglog(lengths, times, marker="o", label=name)

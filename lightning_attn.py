@@ -551,12 +551,18 @@ def _scan_xla(op, q, k, v, g, s0, cu):
     C, wide = min(T, 64), g.dtype
     dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
 
+    i = jnp.arange(C)
+    far = (i[:, None] - i) * (-1 if op.reverse else 1)           # the same in every chunk, whichever tokens of it are its own
+
     def row(q, k, v, g, s0, table):                              # [T, H, K], ..., [H], [n, H, K, V], [R, 7]
+        decay = lambda distance: jnp.exp(g[:, None, None] * jnp.maximum(distance, 0))
+        D = jnp.where(far >= 0, op.gain * decay(far), 0)
+
         def chunk(carry, work):
             o, s = carry
             first, tokens, read, sequence = work[:4]
             start = jnp.clip(first, 0, T - C)                    # C tokens, some of which may be another chunk's
-            t = start + jnp.arange(C, dtype=jnp.int32)
+            t = start + i.astype(jnp.int32)
             rank = first + tokens - 1 - t if op.reverse else t - first
             mine = ((0 <= rank) & (rank < tokens))[:, None, None]
             S = lax.dynamic_index_in_dim(s, sequence, keepdims=False)
@@ -567,9 +573,7 @@ def _scan_xla(op, q, k, v, g, s0, cu):
                 return jnp.repeat(x, H // x.shape[0], axis=0)
 
             qs, ks, vs = map(load, (q, k, v))
-            far = rank[:, None] - rank[None, :]
-            decay = lambda distance: jnp.exp(g[:, None, None] * jnp.maximum(distance, 0))
-            P = jnp.where(far >= 0, dot("hik,hjk->hij", qs, ks) * (op.gain * decay(far)), 0)
+            P = dot("hik,hjk->hij", qs, ks) * D
             O = dot("hij,hjv->hiv", P, vs) + decay(rank[:, None] + (not op.post)) * dot("hik,hkv->hiv", qs, S)
             S = decay(read) * S + dot("hjk,hjv->hkv", ks * (op.gain * decay((read - 1 - rank + op.post)[:, None])), vs)
             O = (op.scale * O).swapaxes(0, 1).astype(o.dtype)
