@@ -925,7 +925,7 @@ class _Config:
     num_warps: int
     num_stages: int                                              # chunks in flight, the one at work included
     residents: int                                               # programs that a processor holds at once
-    states: tuple                                                # C, num_warps, num_stages of `_states_kernel`
+    states_stages: int                                           # chunks of 64 in flight in `_states_kernel`
 
 
 _SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}    # KiB a program
@@ -935,7 +935,7 @@ def _config(arch, K, V, dtype, B, T):
     """The launch configuration on a GPU for head dims K, V and B rows of T tokens. S^T is at most [128, 128], for the registers."""
     shared, itemsize = _SHARED_MEMORY.get(arch, 99), dtype.itemsize
     BK, BV = min(_block(K), 128), min(_block(V), 128)
-    states = next((C, warps, 2) for C, warps in ((256, 8), (128, 8), (64, 4), (32, 4)) if C * 5 * 64 * itemsize / 1024 < shared)
+    states = min(4, shared * 1024 // (64 * 160 * itemsize))       # two tiles of [64, 64], and one that is multiplied
     # descriptors want rows that are multiples of 16 bytes
     if arch == "sm_90" and itemsize == 2 and 64 <= T and B * T < 2**31 and K % 8 == V % 8 == 0:
         BK, BV = max(BK, 64), max(BV, 64)
@@ -997,9 +997,10 @@ def _scan_triton(op, q, k, v, g, s0, cu):
                 PACKED=cu is not None, **heads)
     z = g                                                        # never read where no segment follows another
     if L < T or op.only_state:
-        tile = dict(zip(("C", "num_warps", "num_stages"), config.states), BK=min(_block(K), 64), BV=min(_block(V), 64))
+        tile = dict(BK=min(_block(K), 64), BV=min(_block(V), 64), C=64)
         z = _launch(_states_kernel, k, v, g, table, out=jax.ShapeDtypeStruct((B, Z, H, V, K), jnp.float32), LAST=op.only_state,
-                    programs=B * R * H * -(-K // tile["BK"]) * -(-V // tile["BV"]), PRECISION=precision, **tile, **work)
+                    programs=B * R * H * -(-K // tile["BK"]) * -(-V // tile["BV"]), PRECISION=precision, num_warps=4,
+                    num_stages=config.states_stages, **tile, **work)
     if op.only_state:
         after = jnp.maximum(T - L * (1 + jnp.arange(R)), 0)      # tokens after each segment
         s = jnp.einsum("brhvk,bhr->bhkv", z, jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, R)), precision="highest")
