@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lightning attention for JAX: linear attention with a fixed decay per head, for GPUs (Triton) and everything else (plain JAX).
+"""Lightning attention for JAX: linear attention with a fixed decay per head, for GPUs (Triton, Gluon) and all else (plain JAX).
 
 For one sequence and one head, with log decay g <= 0 and scale s, a state S of shape [K, V] is carried along the tokens:
 
@@ -16,7 +16,9 @@ Glossary (kernels and formulas share these letters)
     q, k, v, o    queries, keys, values, outputs          g         log decay of a head in nats (`g_gamma`), gm in bits
     S             state; the kernels hold S^T [V, K]      s0, s     states that sequences start from, end with
     C             tokens in a chunk (one loop step)       L, R      tokens in a segment (one program), rows of segments
-    P             decayed scores e^{g(i-j)} q_i.k_j       z         own states of segments that others follow
+    P, D          scores q_i.k_j with their decays D      z         own states of segments that others follow
+    dq, dk, dS    decays of what queries read, of what    W         warps
+                  keys add, of the state over a chunk
     rank i, j     place of a token in its chunk in scan order, whichever the direction
 """
 from __future__ import annotations
@@ -46,9 +48,9 @@ except ImportError:                                              # macOS, TPU ho
 
 if jax.__version_info__ < (0, 11):
     raise ImportError(f"lightning_attn needs jax>=0.11,<0.12 and found {jax.__version__}: pip install 'jax>=0.11,<0.12'")
-if triton is not None and jax.__version_info__ >= (0, 12):
-    warnings.warn(f"lightning_attn: jax-triton 0.4 does not work with jax {jax.__version__}, so GPUs take the plain-JAX path; "
-                  "pip install 'jax>=0.11,<0.12' for the Triton kernels")
+if triton is not None and (jax.__version_info__ >= (0, 12) or not hasattr(hopper.tma, "async_load")):
+    warnings.warn("lightning_attn: GPUs take the plain-JAX path, because the kernels need jax>=0.11,<0.12 and triton>=3.8,<3.10 and found "
+                  f"jax {jax.__version__} and triton {triton.__version__}")
     triton = None
 
 __all__ = ["lightning_attn", "lightning_attn_reference", "lightning_g_gamma"]
@@ -91,7 +93,8 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
 
     Accuracy: states, decays and sums are float32. float32 inputs follow `jax.default_matmul_precision`: TF32 by default on GPUs,
     "high" and "highest" for float32. Gradients have the dtype of what they are gradients of. That of `g_gamma` is a float32 sum of
-    differences that cancel, taken from the rounded gradients of `query` and `key`: for 16-bit inputs expect GGAMMA_ACCURACY.
+    differences that cancel, taken from the rounded gradients of `query` and `key`: for bfloat16 inputs expect a relative error of up to
+    5e-2, for float16 of up to 1e-2. float16 states round to float16 where they meet queries, and overflow there past 65504.
 
     Raises:
       TypeError, ValueError: naming the argument, what was expected and what came, before anything runs.
@@ -102,7 +105,7 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
         raise ValueError(f'backend: expected None, "triton" or "xla", got {backend!r}')
     if backend == "triton" and triton is None:
         raise ValueError('backend="triton" needs jax-triton and triton, which cannot be used here: pip install '
-                         "'jax>=0.11,<0.12' 'jax-triton>=0.4.1,<0.5' 'triton>=3.7' (Linux, Python >= 3.12)")
+                         "'jax>=0.11,<0.12' 'jax-triton>=0.4.1,<0.5' 'triton>=3.8,<3.10' (Linux, Python >= 3.12)")
     if triton is None or q.dtype == jnp.float64:
         backend = "xla"
     if seq_axis is not None and cu is not None:
@@ -759,7 +762,7 @@ def _multiply(qs, ks, vs, ps, S, D, dq, dk, dS, LO: gl.constexpr, LP: gl.constex
     vw = (vt.to(gl.float32) * dk[None, :]).to(dtype)
     vt = gl.convert_layout(vt, AO)
     O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
-    gl.barrier()                                                 # scores are all there, and every warp is past the last chunk
+    gl.barrier()                                                 # scores are all there, and every warp is past the chunk before
     O = hopper.warpgroup_mma(vt, ps, O * dq[None, :], is_async=True)
     S = hopper.warpgroup_mma(vw, ks, S * dS, is_async=True)
     return O, vt, S, vw
@@ -859,7 +862,7 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n,
         hopper.mbarrier.wait(full.index(stage), phase)
         qs, ks, vs = qb.index(stage).reshape([C, BK]), kb.index(stage).reshape([C, BK]), vb.index(stage).reshape([C, BV])
         O, vt, S, vw = _multiply(qs, ks, vs, ps, S, D, dq, dk, dS, LO, LP)
-        if (c > 0) & (c - 1 + STAGES < whole):                   # the buffers of the last chunk are free
+        if (c > 0) & (c - 1 + STAGES < whole):                   # the buffers of the chunk before are free
             free = (stage + STAGES - 1) % STAGES
             _fetch(qd, kd, vd, full.index(free), qb.index(free), kb.index(free), vb.index(free), there + (c - 1 + STAGES) * forth,
                    hq, hk, hv, column_k, column_v)
