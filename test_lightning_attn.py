@@ -214,7 +214,7 @@ def interpreted(config):
                     run(kernel, module, range(grid[0]), [*map(given, arrays, described), *(Pointer(x.reshape(-1)) for x in out)], constants)
                 else:
                     with pytest.MonkeyPatch.context() as m:
-                        m.setattr(triton.language, "sum", interpreter.InterpretedFunction(triton.language.sum.fn))
+                        m.setattr(triton.language, "sum", interpreter.InterpretedFunction(triton.language.sum.fn).rewrite())
                         kernel[grid](*map(Host, (*arrays, *out)), **constants)
             return tuple(out)
 
