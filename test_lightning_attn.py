@@ -1354,6 +1354,10 @@ def test_offsets_past_2_31(arch, T):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
 def test_compiles_and_fits(arch, dtype):
     """Each configuration that can be chosen: long sequences, with their gradients for one head dim, and a decode step."""
+    import triton
+    amd = pathlib.Path(triton.__file__).parent / "backends/amd/lib"
+    if arch.startswith("gfx") and triton.__version__ >= "3.9" and not (amd / "libtriton_amd_codegen.so").exists():
+        pytest.skip("a slim Triton, without the code generator for AMD")
     table = {}
     for D in 16, 64, 96, 128, 192, 256, 512:
         for T in (4096, 1) if D == 128 else (4096,):
