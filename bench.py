@@ -12,6 +12,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,6 +25,7 @@ SHAPES = [(8, 4096, 32, 128), (1, 32768, 32, 128), (1, 131072, 8, 128), (16, 204
           (2, 8192, 16, 96), (2, 8192, 16, 192), (2, 8192, 16, 256)]
 PEERS = ["fla_chunk", "fla_fused_chunk", "fla_recurrent", "ejkernel", "softmax"]
 LAYER = 12, 24
+PATIENCE = 900                                                   # seconds that a peer has for all its shapes, with what it tunes and compiles
 
 
 def say(*words):
@@ -164,13 +167,20 @@ def peers(names, shapes, dtype):
         command = [sys.executable, __file__, "--peer", name, "--dtype", dtype, "--shapes", *(",".join(map(str, s)) for s in shapes)]
         # a peer that wants packages of its own finds them where BENCH_PATH_<peer> says
         path = os.environ.get(f"BENCH_PATH_{name}", os.environ.get("PYTHONPATH", ""))
-        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
-        found[name] = []
-        for line in run.stdout:
-            if line.startswith("{"):
-                found[name].append(json.loads(line))
-                say(f"    {name} {shapes[len(found[name]) - 1]}: " + ", ".join(f"{n} {t:.3f} ms" if n != "failed" else f"not measured, {t}" for n, t in found[name][-1].items()))
-        why = (run.stderr.read().strip().splitlines() or ["it ended"])[-1][:160]
+        with tempfile.TemporaryFile("w+") as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True,
+                                                                    env=os.environ | {"PYTHONPATH": path}) as run:
+            stop = threading.Timer(PATIENCE, run.kill)
+            stop.start()
+            found[name] = []
+            for line in run.stdout:
+                if line.startswith("{"):
+                    found[name].append(times := json.loads(line))
+                    say(f"    {name} {shapes[len(found[name]) - 1]}: " + ", ".join(f"{n} {t:.3f} ms" if n != "failed" else f"not measured, {t}" for n, t in times.items()))
+            code = run.wait()
+            why = f"it took more than {PATIENCE} s" if stop.finished.is_set() else None
+            stop.cancel()
+            said.seek(0)
+            why = why or (said.read().strip().splitlines() or [f"it ended with {code}"])[-1][:160]
         found[name] += [{"failed": why}] * (len(shapes) - len(found[name]))
         if not any("failed" not in f for f in found[name]):
             say(f"    {name}: not measured, {found[name][-1]['failed']}")

@@ -600,16 +600,22 @@ def _scan_xla(op, q, k, v, g, s0, cu):
 _kernel, _gluon = (triton.jit, gluon.jit) if triton else (lambda f: f,) * 2
 
 
-def _segment(table, r, R, T, L, REVERSE: tl.constexpr, PACKED: tl.constexpr):
-    """Row r of `_table`, read or, for a plain batch, worked out: that saves it a launch and a wait for memory."""
+def _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE: tl.constexpr, PACKED: tl.constexpr):
+    """What a program works on: tile of the values, of the keys, head, batch row, and a row of its `_table`, read or, for a plain batch,
+    worked out: that saves it a launch and a wait for memory."""
+    i = tl.program_id(0)
+    i_v, i = i % NV, i // NV
+    i_k, i = i % NK, i // NK
+    h, i = i % H, i // H
+    r, b = i % R, (i // R).to(tl.int64)
     if PACKED:
-        row = table + r * 7
-        return (tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5),
+        row = table + b * TABLE_STRIDE + r * 7
+        return (i_v, i_k, h, b, tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5),
                 tl.load(row + 6))
     else:
         tokens = tl.minimum(T - r * L, L)
         first = T - r * L - tokens if REVERSE else r * L
-        return first, tokens, tokens, 0, r, (r == R - 1).to(tl.int32), r
+        return i_v, i_k, h, b, first, tokens, tokens, 0, r, (r == R - 1).to(tl.int32), r
 
 
 def _enter(S, z, s0, before, state, inside, place, sequence, stride, gL, HAS_S0: tl.constexpr):
@@ -627,8 +633,8 @@ def _enter(S, z, s0, before, state, inside, place, sequence, stride, gL, HAS_S0:
     return S
 
 
-_segment_gluon, _enter_gluon = _gluon(_segment), _gluon(_enter)
-_segment, _enter = _kernel(_segment), _kernel(_enter)
+_work_gluon, _enter_gluon = _gluon(_work), _gluon(_enter)
+_work, _enter = _kernel(_work), _kernel(_enter)
 
 
 @_kernel
@@ -650,12 +656,7 @@ def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE
     A weight that is 0 in float32 belongs to a token that is not read: for most heads that is most of the segment."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
-    i = tl.program_id(0)
-    i_v, i = i % NV, i // NV
-    i_k, i = i % NK, i // NK
-    h, i = i % H, i // H
-    r, b = i % R, (i // R).to(tl.int64)
-    first, tokens, read, sequence, place, last, slot = _segment(table + b * TABLE_STRIDE, r, R, T, L, REVERSE, PACKED)
+    i_v, i_k, h, b, first, tokens, read, sequence, place, last, slot = _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE, PACKED)
     if tokens < 0 or (last != 0 and not LAST):
         return
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
@@ -689,12 +690,7 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, T
     What lies outside of the segment reads as 0 and is not written, whatever the table says of it."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
-    i = tl.program_id(0)
-    i_v, i = i % NV, i // NV
-    i_k, i = i % NK, i // NK
-    h, i = i % H, i // H
-    r, b = i % R, (i // R).to(tl.int64)
-    first, tokens, read, sequence, place, last, slot = _segment(table + b * TABLE_STRIDE, r, R, T, L, REVERSE, PACKED)
+    i_v, i_k, h, b, first, tokens, read, sequence, place, last, slot = _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE, PACKED)
     if tokens < 0:
         return
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
@@ -762,7 +758,8 @@ def _multiply(qs, ks, vs, ps, S, D, dq, dk, dS, LO: gl.constexpr, LP: gl.constex
     vw = (vt.to(gl.float32) * dk[None, :]).to(dtype)
     vt = gl.convert_layout(vt, AO)
     O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
-    gl.barrier()                                                 # scores are all there, and every warp is past the chunk before
+    gl.barrier()                                                 # scores are all there (the compiler fences them for the product), and
+                                                                 # every warp is past the chunk before
     O = hopper.warpgroup_mma(vt, ps, O * dq[None, :], is_async=True)
     S = hopper.warpgroup_mma(vw, ks, S * dS, is_async=True)
     return O, vt, S, vw
@@ -806,12 +803,7 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n,
     LZ: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BK, BK // 4], [W, 1], [1, 0])        # S^T as it lies in z
     NK: gl.constexpr = (K + BK - 1) // BK
     NV: gl.constexpr = (V + BV - 1) // BV
-    i = gl.program_id(0)
-    i_v, i = i % NV, i // NV
-    i_k, i = i % NK, i // NK
-    h, i = i % H, i // H
-    r, b = i % R, (i // R).to(gl.int64)
-    first, tokens, read, sequence, place, last, slot = _segment_gluon(table + b * TABLE_STRIDE, r, R, T, L, REVERSE, PACKED)
+    i_v, i_k, h, b, first, tokens, read, sequence, place, last, slot = _work_gluon(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE, PACKED)
     if tokens < 0:
         return
     gm = (gl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(gl.float32)
@@ -936,7 +928,7 @@ _SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100"
 
 def _config(arch, K, V, dtype, B, T):
     """The launch configuration on a GPU for head dims K, V and B rows of T tokens. S^T is at most [128, 128], for the registers."""
-    shared, itemsize = _SHARED_MEMORY.get(arch, 99), dtype.itemsize
+    shared, itemsize = _SHARED_MEMORY.get(arch, 64 if arch.startswith("gfx") else 99), dtype.itemsize
     BK, BV = min(_block(K), 128), min(_block(V), 128)
     states = min(4, shared * 1024 // (64 * 160 * itemsize))       # two tiles of [64, 64], and one that is multiplied
     # descriptors want rows that are multiples of 16 bytes

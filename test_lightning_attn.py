@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of lightning_attn.py: `python test_lightning_attn.py` or `pytest test_lightning_attn.py`, beside the file.
 
-Every case is compared with a float64 oracle written here (numpy, O(T^2)) on every path that the machine has: plain JAX, the Triton
-kernels in Triton's interpreter (where there is no GPU), the Triton kernels on a GPU. What wants a GPU and found none is skipped,
-and counted at the end.
+Cases are compared with a float64 oracle written here (numpy, O(T^2)) on every path that the machine has: plain JAX; the kernels on a
+GPU; where there is none, the Triton kernels in Triton's interpreter and the Gluon kernel on a machine of this file's own. What wants a GPU
+and found none is skipped; run as a script, the file says how many at the end.
 """
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ class Host:
 
 
 class Tensor(np.ndarray):
-    """What a Gluon kernel computes with, here."""
+    """What a kernel computes with on the machine below."""
     type = types.SimpleNamespace(layout=None)
 
     def to(self, dtype): return self.astype(dtype)
@@ -431,6 +431,14 @@ def test_default_precision(path):
 @pytest.mark.parametrize("g", [[0.0, -1e-4], [-50.0, -1e4], [0.0, -1e-30]])
 def test_extreme_decays(path, g):
     compare(path, *inputs(5, 1, 200, 2, 2, 16, 16), g=g)
+
+
+@each_path
+def test_a_decay_of_minus_infinity_forgets_at_once(path):
+    q, k, v, s0, do, ds = inputs(5, 1, 130, 2, 2, 16, 16)
+    infinite, large = (everything(path, q, k, v, s0, do, ds, np.array([g, -0.1])) for g in (-np.inf, -1e4))
+    assert all(np.array_equal(a, b) and np.isfinite(a).all() for a, b in zip(infinite[:-1], large[:-1]))
+    assert infinite[-1][0] == 0 and infinite[-1][1] == large[-1][1]                        # of g_gamma
 
 
 @each_path
