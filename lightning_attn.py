@@ -15,10 +15,10 @@ Glossary (kernels and formulas share these letters)
     K, V          head dims of queries/keys, of values    n         sequences in a batch row (1 unless packed)
     q, k, v, o    queries, keys, values, outputs          g         log decay of a head in nats (`g_gamma`), gm in bits
     S             state; the kernels hold S^T [V, K]      s0, s     states that sequences start from, end with
-    C             tokens in a chunk (one loop step)       L, R      tokens in a segment (one program), rows of segments
-    P, D          scores q_i.k_j with their decays D      z         own states of segments that others follow
-    dq, dk, dS    decays of what queries read, of what    W         warps
-                  keys add, of the state over a chunk
+    C             tokens in a chunk (one loop step)       L, R      tokens in a segment or piece (one program), rows of them
+    P, D          scores q_i.k_j with their decays D      M         pieces in a segment
+    dq, dk, dS    decays of what queries read, of what    z, Z      states of pieces of segments that others follow, how many
+                  keys add, of the state over a chunk     W         warps
     rank i, j     place of a token in its chunk in scan order, whichever the direction
 """
 from __future__ import annotations
@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -153,8 +154,7 @@ def lightning_attn_reference(query, key, value, layer_idx=None, num_layers=None,
 
 def lightning_g_gamma(num_heads, layer_idx, num_layers):
     """Log decay per token in nats, [num_heads] float32: -(8 / num_heads) (1 - layer_idx / num_layers) head (arXiv:2307.14995)."""
-    head = jnp.arange(num_heads, dtype=jnp.float32)
-    return -(8 / num_heads) * (1 - jnp.asarray(layer_idx, jnp.float32) / jnp.asarray(num_layers, jnp.float32)) * head
+    return jnp.asarray((1 - layer_idx / num_layers) * (-8 / num_heads * np.arange(num_heads)), jnp.float32)
 
 
 # Its checks ---------------------------------------------------------------------------------------------------------------------
@@ -282,9 +282,10 @@ class _Op:
     backend: str | None
     precision: Any                                               # jax.default_matmul_precision where the op was called
     only_state: bool = False                                     # o is [B, 0, H, V]
+    swap: bool = False                                           # kernels sum states of segments with k and v exchanged
 
     def adjoint(self):
-        return dataclasses.replace(self, scale=self.gain, gain=self.scale, reverse=not self.reverse, post=not self.post)
+        return dataclasses.replace(self, scale=self.gain, gain=self.scale, reverse=not self.reverse, post=not self.post, swap=False)
 
 
 def _transposed(s):
@@ -303,18 +304,24 @@ def _attend(op, q, k, v, g, s0, cu):
     return _scan(op, q, k, v, g, s0, cu)
 
 
-def _attend_fwd(op, q, k, v, g, s0, cu):
+def _attend_fwd(op, *operands):
+    q, k, v, g, s0, cu = custom_vjp_primal_tree_values(operands)
     o, s = _attend(op, q, k, v, g, s0, cu)
     return (o, s), (q, k, v, g, s0, cu, s)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _attend_bwd(op, saved, cotangents):
+    return _gradients(op, saved, *(None if isinstance(x, SymbolicZero) else x for x in cotangents))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(op, saved, do, ds):
     q, k, v, g, s0, cu, s = saved
-    do, ds = cotangents
+    do = jnp.zeros((*q.shape[:2], g.shape[1], v.shape[3]), v.dtype) if do is None else do
     back = op.adjoint()
     dq, _ = _attend(op, do, v, k, g, _transposed(s0), cu)
-    dk, _ = _attend(back, v, do, q, g, _transposed(ds), cu)
+    # the states of dk's segments are those of dv's transposed: swapped they are the same call, which XLA makes once
+    dk, _ = _attend(dataclasses.replace(back, swap=True), v, do, q, g, _transposed(ds), cu)
     dv, ds0 = _attend(back, k, q, do, g, ds, cu)
 
     # o and s depend on g through e^{g (p_i - p_j)}, e^{g p_i} and e^{g (n - p_j)}: what q_i gains with p_i, k_j loses with p_j.
@@ -322,13 +329,14 @@ def _attend_bwd(op, saved, cotangents):
     H, wide = g.shape[1], g.dtype
     dot = lambda x, dx: (jnp.repeat(x, H // x.shape[2], axis=2).astype(wide) * dx.astype(wide)).sum(-1)
     dg = (p.astype(wide)[..., None] * (dot(q, dq) - dot(k, dk))).sum(1)
-    dg += (count.astype(wide)[..., None] * (s * ds).sum((-1, -2))).sum(1)
+    if ds is not None:
+        dg += (count.astype(wide)[..., None] * (s * ds).sum((-1, -2))).sum(1)
     dg = dg if g.shape[0] > 1 else dg.sum(0, keepdims=True)
     dq, dk, dv = (_to_heads(dx, x.shape[2], x.dtype) for dx, x in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, dg, None if s0 is None else ds0, None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
 # One sequence on many devices: each starts from what the devices before it leave, so states are all that is sent, once each way.
@@ -350,7 +358,7 @@ def _across_bwd(op, axis, saved, cotangents):
     checked = axis in _varying(q)                                  # else shard_map(check_vma=False) sums what devices give and hands
     devices = lax.axis_size(axis)                                # each its part of what they share
     r_in, ds0 = _exchange(op.adjoint(), axis, q, do, g, ds if checked else lax.psum(ds, axis))
-    dq, dk, dv, dg, *_ = _attend_bwd(op, (q, k, v, _vary(g, q), s_in, None, left), (do, r_in))
+    dq, dk, dv, dg, *_ = _gradients(op, (q, k, v, _vary(g, q), s_in, None, left), do, r_in)
     if checked:
         dg = lax.psum(dg, tuple(_varying(dg) - _varying(g)))
     return dq, dk, dv, dg, None if s0 is None else ds0 if checked else ds0 / devices
@@ -503,33 +511,33 @@ def _intervals(T, cu):
     return jnp.concatenate([jnp.where(fits, start, latest), last]), fits & (0 < i) & (i < start.shape[0] - 1)
 
 
-def _table(T, cu, L, reverse):
-    """Rows of work, [R, 7] int32: first token, tokens, tokens that belong to a sequence (all or none), sequence or -1, how many
-    segments of its interval come before it in scan order, whether it is the last, and its slot (how many rows before it are not
-    the last of their interval). Segments of L tokens are anchored where the scan starts. R = T // L + intervals is always enough;
-    rows without work have -1 tokens."""
+def _table(T, cu, L, reverse, M=0):
+    """Rows of work, [R, 7] int32: first token, tokens, tokens that belong to a sequence (all or none), sequence or -1, how many rows
+    of its interval come before it in scan order and how many after it, and how many segments of all intervals before it another one
+    follows. Rows are segments of L tokens, anchored where the scan starts: T // L + intervals are always enough. With M, rows are
+    pieces of L tokens, M to each of those segments that another one follows. Rows without work have -1 tokens."""
     if cu is None:                                               # one sequence, and nothing around it
-        bounds, is_sequence, R = T * jnp.arange(2), jnp.ones(1, bool), -(-T // L)
+        bounds, is_sequence = T * jnp.arange(2), jnp.ones(1, bool)
     else:
         bounds, is_sequence = _intervals(T, cu)
-        R = T // L + is_sequence.shape[0]
     length, intervals = bounds[1:] - bounds[:-1], is_sequence.shape[0]
-    segments = jnp.maximum(1, -(-length // L))
-    ends = jnp.cumsum(segments)
+    segments = jnp.maximum(1, -(-length // (L * max(M, 1))))
+    rows, R = ((segments - 1) * M, (T - 1) // (L * M) * M) if M else (segments, -(-T // L) if cu is None else T // L + intervals)
+    ends = jnp.cumsum(rows)
     row = jnp.arange(R)
     of = jnp.cumsum(jnp.zeros(R, jnp.int32).at[ends].add(1, mode="drop"))
     used, of = of < intervals, jnp.minimum(of, intervals - 1)
-    place = row - (ends - segments)[of]
+    place = row - (ends - rows)[of]
     tokens = jnp.clip(length[of] - place * L, 0, L)
     first = bounds[1:][of] - place * L - tokens if reverse else bounds[of] + place * L
     sequence = of if cu is None else jnp.where((0 < of) & (of < intervals - 1), of - 1, -1)  # interval 1 is sequence 0
-    columns = first, jnp.where(used, tokens, -1), jnp.where(is_sequence[of], tokens, 0), sequence, place, row == ends[of] - 1, row - of
+    columns = first, jnp.where(used, tokens, -1), jnp.where(is_sequence[of], tokens, 0), sequence, place, rows[of] - 1 - place, row - of
     return jnp.stack([x.astype(jnp.int32) for x in columns], -1)
 
 
-def _tables(T, cu, L, reverse):
+def _tables(T, cu, *rest):
     """`_table` for each row of cu [B | 1, n+1]: [B | 1, R, 7]; for a plain batch, of one row."""
-    return _table(T, None, L, reverse)[None] if cu is None else jax.vmap(lambda cu: _table(T, cu, L, reverse))(cu)
+    return _table(T, None, *rest)[None] if cu is None else jax.vmap(lambda cu: _table(T, cu, *rest))(cu)
 
 
 def _positions(op, T, cu):
@@ -601,7 +609,7 @@ _kernel, _gluon = (triton.jit, gluon.jit) if triton else (lambda f: f,) * 2
 
 
 def _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE: tl.constexpr, PACKED: tl.constexpr):
-    """What a program works on: tile of the values, of the keys, head, batch row, and a row of its `_table`, read or, for a plain batch,
+    """What a program works on: tile of the values, of the keys, head, batch row, r and row r of its `_table`, read or, for a plain batch,
     worked out: that saves it a launch and a wait for memory."""
     i = tl.program_id(0)
     i_v, i = i % NV, i // NV
@@ -610,26 +618,21 @@ def _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE: tl.constexpr, PACKED
     r, b = i % R, (i // R).to(tl.int64)
     if PACKED:
         row = table + b * TABLE_STRIDE + r * 7
-        return (i_v, i_k, h, b, tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5),
+        return (i_v, i_k, h, b, r, tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5),
                 tl.load(row + 6))
     else:
         tokens = tl.minimum(T - r * L, L)
         first = T - r * L - tokens if REVERSE else r * L
-        return i_v, i_k, h, b, first, tokens, tokens, 0, r, (r == R - 1).to(tl.int32), r
+        return i_v, i_k, h, b, r, first, tokens, tokens, 0, r, R - 1 - r, r
 
 
-def _enter(S, z, s0, before, state, inside, place, sequence, stride, gL, HAS_S0: tl.constexpr):
-    """S plus the state that a segment starts from: those that the `place` segments before it left, the nearest at z + before, and the
-    sequence's own at s0 + state, decayed by 2^gL for each segment between. Those of weight 0 are not read."""
-    seen = tl.minimum(place, tl.ceil(150.0 / tl.maximum(-gL, 1e-6)).to(tl.int32))
-    j = 0
-    while j < seen:                                              # (a `for` would be given buffers in shared memory)
-        S += tl.exp2(gL * j) * tl.load(z + (before - j * stride), mask=inside, other=0.0)
-        j += 1
+def _enter(S, z, s0, before, state, inside, place, sequence, gL, HAS_S0: tl.constexpr):
+    """S plus the state that a segment starts from: what the segments before it leave, linked, and the sequence's own, decayed."""
+    if place > 0:
+        S += tl.load(z + before, mask=inside, other=0.0)
     if HAS_S0:
         if sequence >= 0:
-            if seen == place:
-                S += tl.exp2(gL * place) * tl.load(s0 + state, mask=inside, other=0.0)
+            S += tl.exp2(gL * place) * tl.load(s0 + state, mask=inside, other=0.0)
     return S
 
 
@@ -648,18 +651,19 @@ def _load(x, t, read, stride, column, C: tl.constexpr, D: tl.constexpr, BD: tl.c
 
 
 @_kernel
-def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE, Z, gain,
+def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE, M, gain,
                    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                   REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr):
-    """z^T = gain sum_j e^{g(L-1-j)} v_j k_j^T over a segment of L tokens (POST: e^{g(L-j)}); LAST: those that none follows, too.
+                   REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):
+    """z^T = gain sum_j e^{g(L-1-j)} v_j k_j^T over a piece of L tokens (POST: e^{g(L-j)}).
 
-    A weight that is 0 in float32 belongs to a token that is not read: for most heads that is most of the segment."""
+    A weight that is 0 in float32 at the end of the segment belongs to a token that is not read, and to a z that is not written:
+    for most heads that is most of the segment."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_v, i_k, h, b, first, tokens, read, sequence, place, last, slot = _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE, PACKED)
-    if tokens < 0 or (last != 0 and not LAST):
-        return
+    i_v, i_k, h, b, r, first, tokens, read, sequence, place, after, slot = _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE, PACKED)
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
+    if tokens < 0 or gm * L * (M - 1 - place % M) <= -150.0:
+        return
     start = b * T + first
     k += (start * HK + h // (H // HK)) * K
     v += (start * HV + h // (H // HV)) * V
@@ -676,13 +680,40 @@ def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE
         dk = tl.exp2(gm * tl.maximum(m - 1 - rank + POST, 0)) * gain
         S = tl.dot(tl.trans((vs * dk[:, None]).to(vs.dtype)), ks, S * tl.exp2(gm * m), input_precision=PRECISION)
     ck, cv = i_k * BK + tl.arange(0, BK)[None, :], i_v * BV + tl.arange(0, BV)[:, None]
-    tl.store(z + ((b * Z + slot) * H + h) * K * V + cv * K + ck, S, mask=(ck < K) & (cv < V))
+    tl.store(z + ((b * R + r) * H + h) * K * V + cv * K + ck, S, mask=(ck < K) & (cv < V))
 
 
 @_kernel
-def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, Z, scale, gain,
+def _link_kernel(z, g, table, L, H, R, TABLE_STRIDE, G_STRIDE, Z, M: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, PACKED: tl.constexpr):
+    """Makes z of the last piece of each segment the state that the next one starts from: along a sequence,
+    S' = e^{gLM} S + sum_j e^{gL(M-1-j)} z_j over the M pieces of a segment; BE of the E numbers of a state."""
+    NE: tl.constexpr = (E + BE - 1) // BE
+    i = tl.program_id(0)
+    i_e, i = i % NE, i // NE
+    h, i = i % H, i // H
+    r, b = i % R * M, (i // R).to(tl.int64)
+    segments = Z // M
+    if PACKED:                                                   # the first piece of a sequence stands for all of it
+        row = table + b * TABLE_STRIDE + r * 7
+        segments = tl.where((tl.load(row + 1) < 0) | (tl.load(row + 4) > 0), 0, (tl.load(row + 5) + 1) // M)
+    gL = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32) * L
+    if gL <= -150.0:                                             # every z is that already
+        return
+    j, e = tl.arange(0, M)[:, None], i_e * BE + tl.arange(0, BE)
+    z += ((b * Z + r) * H + h) * E
+    S = tl.full([BE], 0.0, tl.float32)
+    for c in tl.range(0, segments, num_stages=3):                # (reads ahead of what it writes)
+        zs = tl.load(z + j.to(tl.int64) * (H * E) + e[None, :], mask=(e[None, :] < E) & (gL * (M - 1 - j) > -150.0), other=0.0)
+        z += (H * E).to(tl.int64) * (M - 1)
+        S = S * tl.exp2(gL * M) + tl.sum(zs * tl.exp2(gL * (M - 1 - j)), 0)
+        tl.store(z + e, S, mask=e < E)
+        z += H * E
+
+
+@_kernel
+def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, M, Z, scale, gain,
                  K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                 REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, HAS_S0: tl.constexpr, PRECISION: tl.constexpr):
+                 REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, HAS_S0: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr):
     """o_i = scale (e^{g(i+1)} q_i S + gain sum_{j<=i} e^{g(i-j)} (q_i.k_j) v_j), S' = e^{gm} S + gain sum_j e^{g(m-1-j)} k_j v_j^T, chunk
     by chunk over one segment, for one head, BV of the V columns and BK of the K that are summed over: an o for each such part.
     i, j in scan order, m tokens in the chunk (POST: e^{gi} q_i S and e^{g(m-j)} k_j v_j^T).
@@ -690,7 +721,7 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, T
     What lies outside of the segment reads as 0 and is not written, whatever the table says of it."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_v, i_k, h, b, first, tokens, read, sequence, place, last, slot = _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE, PACKED)
+    i_v, i_k, h, b, r, first, tokens, read, sequence, place, after, slot = _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE, PACKED)
     if tokens < 0:
         return
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
@@ -703,8 +734,8 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, T
     ck, cv = i_k * BK + tl.arange(0, BK)[None, :], i_v * BV + tl.arange(0, BV)[:, None]
     inside = (ck < K) & (cv < V)
     state = ((b * n + sequence) * H + h) * K * V + ck * V + cv
-    S = _enter(tl.full([BV, BK], 0.0, tl.float32), z, s0, ((b * Z + slot - 1) * H + h) * K * V + cv * K + ck, state,
-               inside, place, sequence, H * K * V, gm * L, HAS_S0)
+    before = ((b * Z + slot * M - 1) * H + h) * K * V + (ck * V + cv if SWAP else cv * K + ck)
+    S = _enter(tl.full([BV, BK], 0.0, tl.float32), z, s0, before, state, inside, place, sequence, gm * L, HAS_S0)
 
     rank = tl.arange(0, C)
     if REVERSE:
@@ -725,7 +756,7 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, T
                  mask=(t + row >= 0) & (t + row < tokens) & (col < V))
         dk = tl.exp2(gm * tl.maximum(m - 1 - rank + POST, 0)) * gain
         S = tl.dot(tl.trans((vs * dk[:, None]).to(vs.dtype)), ks, S * tl.exp2(gm * m), input_precision=PRECISION)
-    if last != 0:
+    if after == 0:
         if sequence >= 0:
             tl.store(s + state, S, mask=inside)
 
@@ -792,18 +823,17 @@ def _take(xs, x, t, read, stride, column, D: gl.constexpr, W: gl.constexpr):
 
 
 @_gluon
-def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, Z, scale, gain,
+def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, M, Z, scale, gain,
                    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-                   REVERSE: gl.constexpr, POST: gl.constexpr, PACKED: gl.constexpr, HAS_S0: gl.constexpr):
+                   REVERSE: gl.constexpr, POST: gl.constexpr, PACKED: gl.constexpr, HAS_S0: gl.constexpr, SWAP: gl.constexpr):
     """`_scan_kernel`, line by line; qd, kd, vd describe q, k, v as [B T, heads, head dim]."""
     W: gl.constexpr = BV // 16                                   # warps
     LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BK, 16])              # S^T [BV, BK]
     LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, C, 16])               # o^T [BV, C]
     LP: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, 4 * C // W, 16])  # scores [j, i]
-    LZ: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BK, BK // 4], [W, 1], [1, 0])        # S^T as it lies in z
     NK: gl.constexpr = (K + BK - 1) // BK
     NV: gl.constexpr = (V + BV - 1) // BV
-    i_v, i_k, h, b, first, tokens, read, sequence, place, last, slot = _work_gluon(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE, PACKED)
+    i_v, i_k, h, b, r, first, tokens, read, sequence, place, after, slot = _work_gluon(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE, PACKED)
     if tokens < 0:
         return
     gm = (gl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(gl.float32)
@@ -814,13 +844,12 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n,
     v += (start * HV + hv) * V
     o += ((i_k.to(gl.int64) * B * T + start) * H + h) * V
 
-    ck = column_k + gl.arange(0, BK, gl.SliceLayout(0, LZ))[None, :]
-    cv = column_v + gl.arange(0, BV, gl.SliceLayout(1, LZ))[:, None]
+    ck = column_k + gl.arange(0, BK, gl.SliceLayout(0, LS))[None, :]
+    cv = column_v + gl.arange(0, BV, gl.SliceLayout(1, LS))[:, None]
     inside = (ck < K) & (cv < V)
     state = ((b * n + sequence) * H + h) * K * V + ck * V + cv
-    S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LZ), z, s0, ((b * Z + slot - 1) * H + h) * K * V + cv * K + ck, state,
-                     inside, place, sequence, H * K * V, gm * L, HAS_S0)
-    S = gl.convert_layout(S, LS)
+    before = ((b * Z + slot * M - 1) * H + h) * K * V + (ck * V + cv if SWAP else cv * K + ck)
+    S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LS), z, s0, before, state, inside, place, sequence, gm * L, HAS_S0)
 
     dtype: gl.constexpr = qd.dtype
     qb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], qd.layout)
@@ -881,9 +910,9 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n,
         _put(o, os, O, t, tokens, H * V, column_v, V, W, False)
         S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
         c += 1
-    if last != 0:
+    if after == 0:
         if sequence >= 0:
-            gl.store(s + state, gl.convert_layout(S, LZ), mask=inside)
+            gl.store(s + state, S, mask=inside)
 
 
 @_kernel
@@ -982,24 +1011,39 @@ def _scan_triton(op, q, k, v, g, s0, cu):
     programs = B * H * parts * -(-V // BV)
     # segments that fill the GPU, but none so short that its state costs more than its tokens
     segments = max(1, min(processors * config.residents // programs, T // 512))
-    L = -(-T // (segments * C)) * C
-    table = g if cu is None else _tables(T, cu, L, op.reverse)    # g where it is not read
-    R = -(-T // L) if cu is None else table.shape[1]
-    Z = R if op.only_state else max(1, T // L)
+    # M pieces a segment, a power of 2: the states of a head that forgets nothing are summed by programs that all run at once
+    x, y = (v, k) if op.swap else (k, v)                         # what the states are summed from
+    tile = dict(K=x.shape[3], V=y.shape[3], BK=min(_block(x.shape[3]), 64), BV=min(_block(y.shape[3]), 64), C=64)
+    tiles = -(-tile["K"] // tile["BK"]) * -(-tile["V"] // tile["BV"])
+    M = 1 << max(1, min(8, 3 * processors // (B * segments * tiles), T // (segments * 512))).bit_length() - 1
+    piece = -(-T // (segments * M * C)) * C
+    L = piece * M
+    R = -(-T // L) if cu is None else T // L + n + 2
+    Z = -(-T // piece) if op.only_state else (T - 1) // L * M
     precise = str(op.precision).lower() in ("highest", "float32", "high", "tensorfloat32_3x", "bfloat16_3x")
     precision = "ieee" if arch.startswith("gfx") else "tf32x3" if precise else "tf32"
-    work = dict(T=T, L=L, R=R, TABLE_STRIDE=0 if cu is None or cu.shape[0] == 1 else R * 7, Z=Z, REVERSE=op.reverse,
-                PACKED=cu is not None, **heads)
+
+    def work(rows, L, *pieces):                                  # its table, which is g where it is not read, and what goes with it
+        return g if cu is None else _tables(T, cu, L, op.reverse, *pieces), dict(
+            L=L, R=rows, M=1 if op.only_state else M, TABLE_STRIDE=0 if cu is None or cu.shape[0] == 1 else rows * 7, PACKED=cu is not None)
+
     z = g                                                        # never read where no segment follows another
-    if L < T or op.only_state:
-        tile = dict(BK=min(_block(K), 64), BV=min(_block(V), 64), C=64)
-        z = _launch(_states_kernel, k, v, g, table, out=jax.ShapeDtypeStruct((B, Z, H, V, K), jnp.float32), LAST=op.only_state,
-                    programs=B * R * H * -(-K // tile["BK"]) * -(-V // tile["BV"]), PRECISION=precision, num_warps=4,
-                    num_stages=config.states_stages, **tile, **work)
+    if Z:
+        table, split = work(Z, piece, M)
+        z = _launch(_states_kernel, x, y, g, table, out=jax.ShapeDtypeStruct((B, Z, H, y.shape[3], x.shape[3]), jnp.float32), T=T,
+                    programs=B * Z * H * tiles, REVERSE=op.reverse, PRECISION=precision, num_warps=4, num_stages=config.states_stages, **split,
+                    **heads | tile | dict(HK=x.shape[2], HV=y.shape[2]))
     if op.only_state:
-        after = jnp.maximum(T - L * (1 + jnp.arange(R)), 0)      # tokens after each segment
-        s = jnp.einsum("brhvk,bhr->bhkv", z, jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, R)), precision="highest")
+        after = jnp.maximum(T - piece * (1 + jnp.arange(Z)), 0)  # tokens after each piece
+        s = jnp.einsum("bzhvk,bhz->bhkv", z, jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, Z)), precision="highest")
         return jnp.zeros((B, 0, H, V), dtype), s[:, None]
+    if Z:
+        BE, walks = min(512, _block(K * V)), 1 if cu is None else Z // M
+        ref = jax.new_ref(z)                                     # linked where it lies
+        _launch(_link_kernel, ref, g, table, out=(), programs=B * walks * H * -(-K * V // BE), H=H, G_STRIDE=heads["G_STRIDE"], Z=Z, E=K * V,
+                BE=BE, num_warps=4, num_stages=1, **split | dict(R=walks))
+        z = ref[...]
+    table, split = work(R, L)
     arrays = q, k, v, g, g if s0 is None else s0, z, table
     if config.kernel is _hopper_kernel:
         # made by the host, because those that a kernel makes need scratch memory, which a launch inside a CUDA graph does not get
@@ -1010,5 +1054,6 @@ def _scan_triton(op, q, k, v, g, s0, cu):
     else:
         kind = dict(PRECISION=precision, num_stages=config.num_stages)
     o, s = _launch(config.kernel, *arrays, out=(jax.ShapeDtypeStruct((parts, B, T, H, V), dtype), states_out), programs=programs * R,
-                   B=B, n=n, HQ=HQ, scale=op.scale, C=C, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=config.num_warps, **kind, **work)
+                   B=B, T=T, n=n, HQ=HQ, Z=Z, scale=op.scale, C=C, BK=BK, BV=BV, REVERSE=op.reverse, HAS_S0=s0 is not None, SWAP=op.swap,
+                   num_warps=config.num_warps, **kind, **split, **heads)
     return o[0] if parts == 1 else o.sum(0, dtype=jnp.float32).astype(dtype), s

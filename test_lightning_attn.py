@@ -198,6 +198,7 @@ def interpreted(config):
     def triton_call(*args, kernel, out_type, grid, num_warps, num_stages, backend_options, **constants):
         leaves, tree = jax.tree.flatten(out_type)
         described = [x if isinstance(x, la.jax_triton.TensorDescriptor) else None for x in args]
+        refs = [i for i, x in enumerate(args) if isinstance(x, jax.Ref)]                 # what the kernel changes in place
 
         def launch(*arrays):
             arrays = [aligned(np.asarray(x)) for x in arrays]
@@ -216,9 +217,12 @@ def interpreted(config):
                     with pytest.MonkeyPatch.context() as m:
                         m.setattr(triton.language, "sum", interpreter.InterpretedFunction(triton.language.sum.fn).rewrite())
                         kernel[grid](*map(Host, (*arrays, *out)), **constants)
-            return tuple(out)
+            return *out, *(arrays[i] for i in refs)
 
-        out = jax.pure_callback(launch, tuple(leaves), *(x if d is None else x.base for x, d in zip(args, described)))
+        operands = [args[i][...] if i in refs else x if d is None else x.base for i, (x, d) in enumerate(zip(args, described))]
+        *out, = jax.pure_callback(launch, (*leaves, *(jax.ShapeDtypeStruct(operands[i].shape, operands[i].dtype) for i in refs)), *operands)
+        for i in reversed(refs):
+            args[i][...] = out.pop()
         return jax.tree.unflatten(tree, out)
 
     triton.knobs.runtime.interpret = True
@@ -459,7 +463,25 @@ def test_many_segments(path, reverse, cu):
     """Long sequences are cut in segments, 4 of these 2100 tokens, for heads that forget nothing, something and everything."""
     compare(path, *inputs(7, 1, 2100, 3, 3, 16, 24, n=cu and 3), g=[0.0, -0.01, -3.0], reverse=reverse, cu=cu)
     if path in INTERPRETED:
-        assert ("_states_kernel", 4 * 3 if cu is None else 8 * 3) in LAUNCHED
+        assert {("_states_kernel", 9), ("_link_kernel", 3 if cu is None else 9)} < LAUNCHED
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cu", [None, [0, 20, 5020, 6150]])
+def test_segments_in_pieces(path, reverse, cu, precise, monkeypatch):
+    """On a GPU that holds 9 programs, 3 segments of 4 pieces each, of which a head may need all, some, or the end of the last."""
+    module = INTERPRETED.get(path, la)
+    arch, _ = module._gpu()
+    monkeypatch.setattr(module, "_gpu", lambda: (arch, 9 if path == "interpreter" else 5))
+    q, k, v, s0, *_ = inputs(7, 1, 6200, 3, 3, 16, 8, n=cu and 3)
+    jax.clear_caches()
+    got, want = (attend(p, q, k, v, g_gamma=jnp.array([0.0, -0.1, -3.0]), initial_state=s0, reverse=reverse,
+                        cu_seqlens=None if cu is None else jnp.array(cu)) for p in (path, "xla"))
+    close(got, want, 1e-5)
+    if path in INTERPRETED:
+        assert {("_states_kernel", 24), ("_link_kernel", 3 if cu is None else 6)} < LAUNCHED
+    jax.clear_caches()
 
 
 @wants_gpu
@@ -1373,8 +1395,8 @@ def test_compiles_and_fits(arch, dtype):
             forward = lambda q: lightning_attn(q, x, x, 12, 24, backend="triton")[0].sum()
             for launch in launches(arch, lambda: jax.value_and_grad(forward)(x) if D == 128 and T > 1 else forward(x)):
                 kernel, _, arguments, options = launch
-                tile = {n: arguments.get(n) for n in ("BK", "BV", "C", "REVERSE", "POST", "HAS_S0")}
-                edges = arguments["K"] % tile["BK"] > 0, arguments["V"] % tile["BV"] > 0
+                tile = {n: arguments.get(n) for n in ("BK", "BV", "BE", "C", "REVERSE", "POST", "HAS_S0")}
+                edges = [arguments[d] % arguments["B" + d] > 0 for d in "KVE" if d in arguments]
                 key = kernel.__name__, *tile.values(), *edges, options["num_warps"], options["num_stages"]
                 if key not in table:
                     table[key] = shared, spilled = build(*launch, arch)
