@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,21 @@ def clock(cases):
         times[name] = rounds(functools.partial(queue, sets)) / calls
         say(f"    {name if isinstance(name, str) else ' '.join(map(str, name))}: {times[name]:.4f} ms")
     return times
+
+
+def gpu_time(f, sets, count=20):
+    """ms that the kernels of a call take on the GPU, by JAX's profiler: for calls that take longer to launch than to run."""
+    one = jax.jit(f)
+    jax.block_until_ready(one(*sets[0]))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for i in range(count):
+                out = one(*sets[i % len(sets)])
+            jax.block_until_ready(out)
+        trace, = pathlib.Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+        return sum(event.duration_ns for plane in planes if "GPU" in plane.name for line in plane.lines if "Stream" in line.name
+                   for event in line.events) / count / 1e6
 
 
 def copy_rate():
@@ -161,35 +177,37 @@ def peer(name, shape, dtype):
 
 
 def peers(names, shapes, dtype):
-    """{peer: [its times or why there are none, for each shape]}"""
+    """{peer: {shape: its times, or why there are none}}"""
     found = {}
     for name in names:
-        command = [sys.executable, __file__, "--peer", name, "--dtype", dtype, "--shapes", *(",".join(map(str, s)) for s in shapes)]
+        wanted = [shape for shape in shapes if shape[1] > 1 or name == "fla_recurrent"]         # the others have no decode step
+        command = [sys.executable, __file__, "--peer", name, "--dtype", dtype, "--shapes", *(",".join(map(str, s)) for s in wanted)]
         # a peer that wants packages of its own finds them where BENCH_PATH_<peer> says
         path = os.environ.get(f"BENCH_PATH_{name}", os.environ.get("PYTHONPATH", ""))
         with tempfile.TemporaryFile("w+") as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True,
                                                                     env=os.environ | {"PYTHONPATH": path}) as run:
             stop = threading.Timer(PATIENCE, run.kill)
             stop.start()
-            found[name] = []
+            found[name] = {}
             for line in run.stdout:
                 if line.startswith("{"):
-                    found[name].append(times := json.loads(line))
-                    say(f"    {name} {shapes[len(found[name]) - 1]}: " + ", ".join(f"{n} {t:.3f} ms" if n != "failed" else f"not measured, {t}" for n, t in times.items()))
+                    shape = wanted[len(found[name])]
+                    found[name][shape] = times = json.loads(line)
+                    say(f"    {name} {shape}: " + ", ".join(f"{n} {t:.3f} ms" if n != "failed" else f"not measured, {t}" for n, t in times.items()))
             code = run.wait()
             why = f"it took more than {PATIENCE} s" if stop.finished.is_set() else None
             stop.cancel()
             said.seek(0)
             why = why or (said.read().strip().splitlines() or [f"it ended with {code}"])[-1][:160]
-        found[name] += [{"failed": why}] * (len(shapes) - len(found[name]))
-        if not any("failed" not in f for f in found[name]):
-            say(f"    {name}: not measured, {found[name][-1]['failed']}")
+        for shape in wanted[len(found[name]):]:
+            found[name][shape] = {"failed": why}
+            say(f"    {name} {shape}: not measured, {why}")
     return found
 
 
 # What is measured ---------------------------------------------------------------------------------------------------------------
 
-def shapes_table(shapes, dtype, names, rate):
+def shapes_table(shapes, dtype, rate):
     say("forward, backward, and both")
     times = clock({(shape, way): (call, functools.partial(draw, *shape, dtype))
                    for shape in shapes for way, call in zip(("forward", "backward", "both"), calls(ours()))})
@@ -203,16 +221,19 @@ def shapes_table(shapes, dtype, names, rate):
         rows.append(dict(shape=shape, dtype=dtype, forward=f, backward=b, both=both, forward_of_floor=4 * size / rate * 1e3 / f,
                          backward_of_floor=7 * size / rate * 1e3 / b, extra_memory=extra / (4 * size)))
         say(f"{str(shape):>30} | {f:.3f}, {rows[-1]['forward_of_floor']:.0%} | {b:.3f}, {rows[-1]['backward_of_floor']:.0%} | {both:.3f} | {rows[-1]['extra_memory']:.1%}")
-    found = peers(names, shapes, dtype)
-    for i, row in enumerate(rows):
-        row["peers"] = {name: times[i] for name, times in found.items()}
-        best = {way: min((p[way] for p in row["peers"].values() if way in p), default=float("nan")) / row[way] for way in ("forward", "backward")}
-        row["against_fastest_peer"] = best
-        say(f"{str(row['shape']):>30} | fastest peer: forward {best['forward']:.2f}x ours, backward {best['backward']:.2f}x")
     return rows
 
 
-def further(names, rate):
+def compare(rows, found):
+    """Adds to rows what the peers took for them, and how many times our time the fastest took."""
+    for row in rows:
+        row["peers"] = {name: times[row["shape"]] for name, times in found.items() if row["shape"] in times}
+        row["against_fastest_peer"] = best = {way: min((p[way] for p in row["peers"].values() if way in p), default=float("nan")) / row[way]
+                                              for way in ("forward", "backward")}
+        say(f"{str(row['shape']):>30} | fastest peer: forward {best['forward']:.2f}x ours, backward {best['backward']:.2f}x")
+
+
+def further(rate):
     from lightning_attn import lightning_attn
     T, H, D = 32768, 32, 128
     rng = np.random.default_rng(0)
@@ -244,7 +265,7 @@ def further(names, rate):
         note(f"time a token, 2^20 / 2^15 tokens, {way}", times[f"{2**20} tokens of 16 heads of 128, {way}"] / times[f"{2**15} tokens of 16 heads of 128, {way}"] / 32)
     for B in 1, 64, 256:
         note(f"decode step, B={B}, of the copy rate", 2 * B * H * D * D * 4 / rate * 1e3 / times[f"decode step, B={B}"])
-    rows["decode, peers"] = peers([n for n in names if n == "fla_recurrent"], [(B, 1, H, D) for B in (1, 64, 256)], "bfloat16")
+    note("decode step, B=1, us on the GPU", 1e3 * gpu_time(step, states(1)))
     first = subprocess.run([sys.executable, "-c", FIRST_GRADIENT], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
     seconds, kernels = map(float, first.stdout.split()[-2:] if first.returncode == 0 else ("nan",) * 2)
     note("first jitted gradient of a process, s", seconds)
@@ -288,22 +309,17 @@ def tune():
             say(f"D={D} {dtype}: {t:.3f} ms, {kernel} C={C} BV={BV} num_warps={warps} num_stages={stages}")
 
 
-def plot(path, lengths, names):
-    """Time of a forward pass against sequence length, all contestants, log axes."""
+def plot(path, lines):
+    """Draws {contestant: {tokens: ms}}, log axes."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    shapes = [(1, T, 16, 128) for T in lengths]
-    say("plot: forward against sequence length")
-    lines = {"lightning_attn (this file)": list(clock({s: (calls(ours())[0], functools.partial(draw, *s, "bfloat16")) for s in shapes}).values())}
-    lines |= {name: [t.get("forward", np.nan) for t in times] for name, times in peers(names, shapes, "bfloat16").items()}
     for name, times in lines.items():
-        plt.loglog(lengths, times, marker="o", label=name)
+        plt.loglog(list(times), list(times.values()), marker="o", label=name)
     plt.xlabel("tokens (batch 1, 16 heads of 128, bfloat16)"); plt.ylabel(f"forward on {jax.devices()[0].device_kind}, ms")
     plt.legend(); plt.grid(alpha=0.3)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     plt.savefig(path, dpi=120, bbox_inches="tight")
-    return dict(lengths=lengths, **lines)
 
 
 def on_a_cpu():
@@ -352,14 +368,27 @@ def main():
         rate = copy_rate()
         result = dict(device=jax.devices()[0].device_kind, jax=jax.__version__, copy_rate=rate)
         say(f"{result['device']}, jax {jax.__version__}, copy rate {rate / 1e12:.2f} TB/s")
-        result["shapes"] = shapes_table(shapes, options.dtype, options.peers, rate)
+        result["shapes"] = shapes_table(shapes, options.dtype, rate)
+        wanted, lengths = list(shapes), []
         if not options.shapes:
-            result["further"] = further(options.peers, rate)
+            result["further"] = further(rate)
+            wanted += [(B, 1, 32, 128) for B in (1, 64, 256)]
         if options.plot:
-            result["plot"] = plot(options.plot, [2**n for n in range(11, 18)], options.peers)
+            say("forward against sequence length")
+            lengths = [(1, 2**n, 16, 128) for n in range(11, 18)]
+            times = clock({s: (calls(ours())[0], functools.partial(draw, *s, "bfloat16")) for s in lengths})
+            wanted += [s for s in lengths if s not in wanted]
+        found = peers(options.peers, wanted, options.dtype)
+        compare(result["shapes"], found)
+        result["peers"] = {name: {str(s): t for s, t in row.items()} for name, row in found.items()}
+        if options.plot:
+            result["plot"] = {name: {s[1]: row[s]["forward"] for s in lengths if "forward" in row[s]}
+                              for name, row in ({"lightning_attn (this file)": {s: {"forward": t} for s, t in times.items()}} | found).items()}
     if options.json:
         with open(options.json, "w") as file:
             json.dump(result, file, indent=1)
+    if "plot" in result:
+        plot(options.plot, result["plot"])
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
             lax.axis_size(seq_axis)
         except NameError:
             raise ValueError(f"seq_axis: expected an axis of a shard_map around this call, got {seq_axis!r}") from None
-    op = _Op(scale, 1.0, bool(reverse), False, backend, jax.config.jax_default_matmul_precision)
+    op = _Op(scale, bool(reverse), False, backend, jax.config.jax_default_matmul_precision)
     s0 = None if s0 is None else s0[:, None] if cu is None else s0[None]
     g, cu = g[None], None if cu is None else cu[None]
     if seq_axis is None:
@@ -275,8 +275,7 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
 
 @dataclasses.dataclass(frozen=True)
 class _Op:
-    scale: float                                                 # of o: o = scale q S
-    gain: float                                                  # of what enters S: S' = e^g S + gain k v^T
+    scale: float                                                 # of what queries read, or (post) of what enters the state
     reverse: bool
     post: bool                                                   # S_t enters o_t, and decays after it instead of before k_t v_t^T
     backend: str | None
@@ -285,7 +284,7 @@ class _Op:
     swap: bool = False                                           # kernels sum states of segments with k and v exchanged
 
     def adjoint(self):
-        return dataclasses.replace(self, scale=self.gain, gain=self.scale, reverse=not self.reverse, post=not self.post, swap=False)
+        return dataclasses.replace(self, reverse=not self.reverse, post=not self.post, swap=False)
 
 
 def _transposed(s):
@@ -298,16 +297,19 @@ def _to_heads(x, heads, dtype):
     return x if heads == H else x.reshape(B, T, heads, H // heads, D).sum(3, dtype=jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(op, *operands):
+    """The scan with its gradients. A final state that nothing depends on has no cotangent, unless shard_map is around: it wants zeros."""
+    return (_attend_local if jax.sharding.get_abstract_mesh().manual_axes else _attend_anywhere)(op, *operands)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _attend(op, q, k, v, g, s0, cu):
+def _forward(op, q, k, v, g, s0, cu):
     return _scan(op, q, k, v, g, s0, cu)
 
 
 def _attend_fwd(op, *operands):
-    q, k, v, g, s0, cu = custom_vjp_primal_tree_values(operands)
-    o, s = _attend(op, q, k, v, g, s0, cu)
-    return (o, s), (q, k, v, g, s0, cu, s)
+    o, s = _attend(op, *operands)
+    return (o, s), (*operands, s)
 
 
 def _attend_bwd(op, saved, cotangents):
@@ -336,7 +338,9 @@ def _gradients(op, saved, do, ds):
     return dq, dk, dv, dg, None if s0 is None else ds0, None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+_attend_anywhere, _attend_local = (jax.custom_vjp(_forward, nondiff_argnums=(0,)) for _ in range(2))
+_attend_anywhere.defvjp(lambda op, *operands: _attend_fwd(op, *custom_vjp_primal_tree_values(operands)), _attend_bwd, symbolic_zeros=True)
+_attend_local.defvjp(_attend_fwd, _attend_bwd)
 
 
 # One sequence on many devices: each starts from what the devices before it leave, so states are all that is sent, once each way.
@@ -562,12 +566,13 @@ def _scan_xla(op, q, k, v, g, s0, cu):
     C, wide = min(T, 64), g.dtype
     dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
 
+    scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
     i = jnp.arange(C)
     far = (i[:, None] - i) * (-1 if op.reverse else 1)           # the same in every chunk, whichever tokens of it are its own
 
     def row(q, k, v, g, s0, table):                              # [T, H, K], ..., [H], [n, H, K, V], [R, 7]
         decay = lambda distance: jnp.exp(g[:, None, None] * jnp.maximum(distance, 0))
-        D = jnp.where(far >= 0, op.gain * decay(far), 0)
+        D = jnp.where(far >= 0, scale_k * decay(far), 0)
 
         def chunk(carry, work):
             o, s = carry
@@ -586,8 +591,8 @@ def _scan_xla(op, q, k, v, g, s0, cu):
             qs, ks, vs = map(load, (q, k, v))
             P = dot("hik,hjk->hij", qs, ks) * D
             O = dot("hij,hjv->hiv", P, vs) + decay(rank[:, None] + (not op.post)) * dot("hik,hkv->hiv", qs, S)
-            S = decay(read) * S + dot("hjk,hjv->hkv", ks * (op.gain * decay((read - 1 - rank + op.post)[:, None])), vs)
-            O = (op.scale * O).swapaxes(0, 1).astype(o.dtype)
+            S = decay(read) * S + dot("hjk,hjv->hkv", ks * (scale_k * decay((read - 1 - rank + op.post)[:, None])), vs)
+            O = (scale_q * O).swapaxes(0, 1).astype(o.dtype)
             O = jnp.where(mine, O, lax.dynamic_slice_in_dim(o, start, C))
             return (lax.dynamic_update_slice_in_dim(o, O, start, 0), lax.dynamic_update_index_in_dim(s, S, sequence, 0)), None
 
@@ -604,11 +609,14 @@ def _scan_xla(op, q, k, v, g, s0, cu):
 #
 # They hold S^T, [V, K]: o^T = S^T q^T then takes it from the registers that it is summed in, and of all that is multiplied in a
 # chunk only the [C, C] scores pass through shared memory. z, which no one else reads, is kept as [V, K] too.
+#
+# One binary serves all the scans of a gradient: the direction is an argument, `way`, of 2 if reverse, 4 if post, 8 if z lies as [K, V].
+# It is never 1, because jax-triton compiles in what is 1 (as an integer: hence `scale * 1.0`).
 
 _kernel, _gluon = (triton.jit, gluon.jit) if triton else (lambda f: f,) * 2
 
 
-def _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE: tl.constexpr, PACKED: tl.constexpr):
+def _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED: tl.constexpr):
     """What a program works on: tile of the values, of the keys, head, batch row, r and row r of its `_table`, read or, for a plain batch,
     worked out: that saves it a launch and a wait for memory."""
     i = tl.program_id(0)
@@ -622,14 +630,17 @@ def _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE: tl.constexpr, PACKED
                 tl.load(row + 6))
     else:
         tokens = tl.minimum(T - r * L, L)
-        first = T - r * L - tokens if REVERSE else r * L
+        first = r * L + reverse * (T - tokens - 2 * r * L)
         return i_v, i_k, h, b, r, first, tokens, tokens, 0, r, R - 1 - r, r
 
 
-def _enter(S, z, s0, before, state, inside, place, sequence, gL, HAS_S0: tl.constexpr):
+def _enter(S, z, s0, zT, state, inside, place, sequence, swap, gL, HAS_S0: tl.constexpr):
     """S plus the state that a segment starts from: what the segments before it leave, linked, and the sequence's own, decayed."""
     if place > 0:
-        S += tl.load(z + before, mask=inside, other=0.0)
+        if swap > 0:
+            S += tl.load(z + state, mask=inside, other=0.0)
+        else:
+            S += tl.load(z + zT, mask=inside, other=0.0)
     if HAS_S0:
         if sequence >= 0:
             S += tl.exp2(gL * place) * tl.load(s0 + state, mask=inside, other=0.0)
@@ -651,33 +662,34 @@ def _load(x, t, read, stride, column, C: tl.constexpr, D: tl.constexpr, BD: tl.c
 
 
 @_kernel
-def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE, M, gain,
+def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE, M, scale, way,
                    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                   REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):
-    """z^T = gain sum_j e^{g(L-1-j)} v_j k_j^T over a piece of L tokens (POST: e^{g(L-j)}).
+                   PACKED: tl.constexpr, PRECISION: tl.constexpr):
+    """z^T = sum_j e^{g(L-1-j)} v_j k_j^T over a piece of L tokens (post: e^{g(L-j)}, times the scale).
 
     A weight that is 0 in float32 at the end of the segment belongs to a token that is not read, and to a z that is not written:
     for most heads that is most of the segment."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_v, i_k, h, b, r, first, tokens, read, sequence, place, after, slot = _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE, PACKED)
+    reverse, post = way // 2 % 2, way // 4 % 2
+    turn = 1 - 2 * reverse
+    i_v, i_k, h, b, r, first, tokens, read, sequence, place, after, slot = _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED)
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
     if tokens < 0 or gm * L * (M - 1 - place % M) <= -150.0:
         return
     start = b * T + first
     k += (start * HK + h // (H // HK)) * K
     v += (start * HV + h // (H // HV)) * V
-    rank = tl.arange(0, C)
-    if REVERSE:
-        rank = C - 1 - rank
+    rank = (C - 1) * reverse + turn * tl.arange(0, C)
+    scale_k = scale * 1.0 if post > 0 else 1.0
     c_end = (tokens + C - 1) // C
     live = tl.minimum(tl.ceil(150.0 / tl.maximum(-gm, 1e-6) / C) + 1, c_end * 1.0).to(tl.int32)
     S = tl.full([BV, BK], 0.0, tl.float32)
     for c in range(c_end - live, c_end):
         m = tl.minimum(tokens - c * C, C)
-        t = tokens - c * C - C if REVERSE else c * C
+        t = (tokens - C) * reverse + turn * C * c
         ks, vs = _load(k, t, read, HK * K, i_k * BK, C, K, BK), _load(v, t, read, HV * V, i_v * BV, C, V, BV)
-        dk = tl.exp2(gm * tl.maximum(m - 1 - rank + POST, 0)) * gain
+        dk = tl.exp2(gm * tl.maximum(m - 1 - rank + post, 0)) * scale_k
         S = tl.dot(tl.trans((vs * dk[:, None]).to(vs.dtype)), ks, S * tl.exp2(gm * m), input_precision=PRECISION)
     ck, cv = i_k * BK + tl.arange(0, BK)[None, :], i_v * BV + tl.arange(0, BV)[:, None]
     tl.store(z + ((b * R + r) * H + h) * K * V + cv * K + ck, S, mask=(ck < K) & (cv < V))
@@ -701,27 +713,30 @@ def _link_kernel(z, g, table, L, H, R, TABLE_STRIDE, G_STRIDE, Z, M: tl.constexp
         return
     j, e = tl.arange(0, M)[:, None], i_e * BE + tl.arange(0, BE)
     z += ((b * Z + r) * H + h) * E
+    stride = tl.full([], H * E, tl.int64)
     S = tl.full([BE], 0.0, tl.float32)
     for c in tl.range(0, segments, num_stages=3):                # (reads ahead of what it writes)
-        zs = tl.load(z + j.to(tl.int64) * (H * E) + e[None, :], mask=(e[None, :] < E) & (gL * (M - 1 - j) > -150.0), other=0.0)
-        z += (H * E).to(tl.int64) * (M - 1)
+        zs = tl.load(z + j * stride + e[None, :], mask=(e[None, :] < E) & (gL * (M - 1 - j) > -150.0), other=0.0)
+        z += (M - 1) * stride
         S = S * tl.exp2(gL * M) + tl.sum(zs * tl.exp2(gL * (M - 1 - j)), 0)
         tl.store(z + e, S, mask=e < E)
-        z += H * E
+        z += stride
 
 
 @_kernel
-def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, M, Z, scale, gain,
+def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, M, Z, scale, way,
                  K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                 REVERSE: tl.constexpr, POST: tl.constexpr, PACKED: tl.constexpr, HAS_S0: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr):
-    """o_i = scale (e^{g(i+1)} q_i S + gain sum_{j<=i} e^{g(i-j)} (q_i.k_j) v_j), S' = e^{gm} S + gain sum_j e^{g(m-1-j)} k_j v_j^T, chunk
+                 PACKED: tl.constexpr, HAS_S0: tl.constexpr, PRECISION: tl.constexpr):
+    """o_i = scale (e^{g(i+1)} q_i S + sum_{j<=i} e^{g(i-j)} (q_i.k_j) v_j), S' = e^{gm} S + sum_j e^{g(m-1-j)} k_j v_j^T, chunk
     by chunk over one segment, for one head, BV of the V columns and BK of the K that are summed over: an o for each such part.
-    i, j in scan order, m tokens in the chunk (POST: e^{gi} q_i S and e^{g(m-j)} k_j v_j^T).
+    i, j in scan order, m tokens in the chunk (post: e^{gi} q_i S and e^{g(m-j)} k_j v_j^T, and the scale is of what enters S).
 
     What lies outside of the segment reads as 0 and is not written, whatever the table says of it."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_v, i_k, h, b, r, first, tokens, read, sequence, place, after, slot = _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE, PACKED)
+    reverse, post = way // 2 % 2, way // 4 % 2
+    turn = 1 - 2 * reverse
+    i_v, i_k, h, b, r, first, tokens, read, sequence, place, after, slot = _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED)
     if tokens < 0:
         return
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
@@ -733,19 +748,20 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, T
 
     ck, cv = i_k * BK + tl.arange(0, BK)[None, :], i_v * BV + tl.arange(0, BV)[:, None]
     inside = (ck < K) & (cv < V)
-    state = ((b * n + sequence) * H + h) * K * V + ck * V + cv
-    before = ((b * Z + slot * M - 1) * H + h) * K * V + (ck * V + cv if SWAP else cv * K + ck)
-    S = _enter(tl.full([BV, BK], 0.0, tl.float32), z, s0, before, state, inside, place, sequence, gm * L, HAS_S0)
+    state = ck * V + cv
+    s0 += ((b * n + sequence) * H + h) * K * V
+    s += ((b * n + sequence) * H + h) * K * V
+    z += ((b * Z + slot * M - 1) * H + h) * K * V
+    S = _enter(tl.full([BV, BK], 0.0, tl.float32), z, s0, cv * K + ck, state, inside, place, sequence, way // 8, gm * L, HAS_S0)
 
-    rank = tl.arange(0, C)
-    if REVERSE:
-        rank = C - 1 - rank
+    rank = (C - 1) * reverse + turn * tl.arange(0, C)
     far = rank[None, :] - rank[:, None]                          # [j, i]
-    D = tl.where(far >= 0, tl.exp2(gm * tl.maximum(far, 0)) * (scale * gain), 0.0)
-    dq = tl.exp2(gm * (rank + 1 - POST)) * scale
+    scale_q, scale_k = 1.0 if post > 0 else scale * 1.0, scale * 1.0 if post > 0 else 1.0
+    D = tl.where(far >= 0, tl.exp2(gm * tl.maximum(far, 0)) * scale, 0.0)
+    dq = tl.exp2(gm * (rank + 1 - post)) * scale_q
     for c in range((tokens + C - 1) // C):
         m = tl.minimum(tokens - c * C, C)
-        t = tokens - c * C - C if REVERSE else c * C
+        t = (tokens - C) * reverse + turn * C * c
         qs, ks = _load(q, t, read, HQ * K, i_k * BK, C, K, BK), _load(k, t, read, HK * K, i_k * BK, C, K, BK)
         vs = _load(v, t, read, HV * V, i_v * BV, C, V, BV)
         P = tl.dot(ks, tl.trans(qs), input_precision=PRECISION) * D
@@ -754,7 +770,7 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, T
         row, col = tl.arange(0, C)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
         tl.store(o + t.to(tl.int64) * (H * V) + row * (H * V) + col, tl.trans(O).to(vs.dtype),
                  mask=(t + row >= 0) & (t + row < tokens) & (col < V))
-        dk = tl.exp2(gm * tl.maximum(m - 1 - rank + POST, 0)) * gain
+        dk = tl.exp2(gm * tl.maximum(m - 1 - rank + post, 0)) * scale_k
         S = tl.dot(tl.trans((vs * dk[:, None]).to(vs.dtype)), ks, S * tl.exp2(gm * m), input_precision=PRECISION)
     if after == 0:
         if sequence >= 0:
@@ -823,9 +839,9 @@ def _take(xs, x, t, read, stride, column, D: gl.constexpr, W: gl.constexpr):
 
 
 @_gluon
-def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, M, Z, scale, gain,
+def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, M, Z, scale, way,
                    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-                   REVERSE: gl.constexpr, POST: gl.constexpr, PACKED: gl.constexpr, HAS_S0: gl.constexpr, SWAP: gl.constexpr):
+                   PACKED: gl.constexpr, HAS_S0: gl.constexpr):
     """`_scan_kernel`, line by line; qd, kd, vd describe q, k, v as [B T, heads, head dim]."""
     W: gl.constexpr = BV // 16                                   # warps
     LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BK, 16])              # S^T [BV, BK]
@@ -833,7 +849,9 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n,
     LP: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, 4 * C // W, 16])  # scores [j, i]
     NK: gl.constexpr = (K + BK - 1) // BK
     NV: gl.constexpr = (V + BV - 1) // BV
-    i_v, i_k, h, b, r, first, tokens, read, sequence, place, after, slot = _work_gluon(table, NK, NV, H, R, T, L, TABLE_STRIDE, REVERSE, PACKED)
+    reverse, post = way // 2 % 2, way // 4 % 2
+    turn = 1 - 2 * reverse
+    i_v, i_k, h, b, r, first, tokens, read, sequence, place, after, slot = _work_gluon(table, NK, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED)
     if tokens < 0:
         return
     gm = (gl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(gl.float32)
@@ -847,9 +865,11 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n,
     ck = column_k + gl.arange(0, BK, gl.SliceLayout(0, LS))[None, :]
     cv = column_v + gl.arange(0, BV, gl.SliceLayout(1, LS))[:, None]
     inside = (ck < K) & (cv < V)
-    state = ((b * n + sequence) * H + h) * K * V + ck * V + cv
-    before = ((b * Z + slot * M - 1) * H + h) * K * V + (ck * V + cv if SWAP else cv * K + ck)
-    S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LS), z, s0, before, state, inside, place, sequence, gm * L, HAS_S0)
+    state = ck * V + cv
+    s0 += ((b * n + sequence) * H + h) * K * V
+    s += ((b * n + sequence) * H + h) * K * V
+    z += ((b * Z + slot * M - 1) * H + h) * K * V
+    S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LS), z, s0, cv * K + ck, state, inside, place, sequence, way // 8, gm * L, HAS_S0)
 
     dtype: gl.constexpr = qd.dtype
     qb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], qd.layout)
@@ -863,20 +883,19 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n,
     hopper.fence_async_shared()
     gl.barrier()
     whole = read // C
-    there = start.to(gl.int32) + (tokens - C if REVERSE else 0)   # row of the first chunk
-    forth: gl.constexpr = -C if REVERSE else C
+    t = (tokens - C) * reverse                                   # where the first chunk is, and how far it is to the next one
+    forth = turn * C
+    row = start.to(gl.int32) + t
     for c in range(gl.minimum(whole, STAGES)):
-        _fetch(qd, kd, vd, full.index(c), qb.index(c), kb.index(c), vb.index(c), there + c * forth, hq, hk, hv, column_k, column_v)
+        _fetch(qd, kd, vd, full.index(c), qb.index(c), kb.index(c), vb.index(c), row + c * forth, hq, hk, hv, column_k, column_v)
 
-    i = gl.arange(0, C, gl.SliceLayout(0, LP))[None, :]
-    j = gl.arange(0, C, gl.SliceLayout(1, LP))[:, None]
-    rank_q = gl.arange(0, C, gl.SliceLayout(0, LO))
-    rank_k = gl.arange(0, C, gl.SliceLayout(0, gl.DotOperandLayout(0, LS, 2)))
-    if REVERSE:
-        i, j, rank_q, rank_k = C - 1 - i, C - 1 - j, C - 1 - rank_q, C - 1 - rank_k
-    D = gl.where(i >= j, gl.exp2(gm * gl.maximum(i - j, 0)) * (scale * gain), 0.0)
-    dq = gl.exp2(gm * (rank_q + 1 - POST)) * scale
-    dk = gl.exp2(gm * (C - 1 - rank_k + POST)) * gain
+    scale_q, scale_k = 1.0 if post > 0 else scale * 1.0, scale * 1.0 if post > 0 else 1.0
+    far = turn * (gl.arange(0, C, gl.SliceLayout(0, LP))[None, :] - gl.arange(0, C, gl.SliceLayout(1, LP))[:, None])       # [j, i]
+    rank_q = (C - 1) * reverse + turn * gl.arange(0, C, gl.SliceLayout(0, LO))
+    rank_k = (C - 1) * reverse + turn * gl.arange(0, C, gl.SliceLayout(0, gl.DotOperandLayout(0, LS, 2)))
+    D = gl.where(far >= 0, gl.exp2(gm * gl.maximum(far, 0)) * scale, 0.0)
+    dq = gl.exp2(gm * (rank_q + 1 - post)) * scale_q
+    dk = gl.exp2(gm * (C - 1 - rank_k + post)) * scale_k
     dS = gl.exp2(gm * C)
     c, stage, phase = 0, 0, 0
     while c < whole:                                             # (of a `for`, Triton's pipeliner waits for each product)
@@ -885,30 +904,31 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n,
         O, vt, S, vw = _multiply(qs, ks, vs, ps, S, D, dq, dk, dS, LO, LP)
         if (c > 0) & (c - 1 + STAGES < whole):                   # the buffers of the chunk before are free
             free = (stage + STAGES - 1) % STAGES
-            _fetch(qd, kd, vd, full.index(free), qb.index(free), kb.index(free), vb.index(free), there + (c - 1 + STAGES) * forth,
+            _fetch(qd, kd, vd, full.index(free), qb.index(free), kb.index(free), vb.index(free), row + (c - 1 + STAGES) * forth,
                    hq, hk, hv, column_k, column_v)
         O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
-        _put(o, os, O, tokens - C - c * C if REVERSE else c * C, tokens, H * V, column_v, V, W, True)
+        _put(o, os, O, t, tokens, H * V, column_v, V, W, True)
         S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
+        t += forth
         c += 1
         stage += 1
         if stage == STAGES:
             stage = 0
             phase ^= 1
     while c < (tokens + C - 1) // C:                             # the ragged end of a sequence; padding, for which zeros are stored
-        m = tokens - c * C
-        t = m - C if REVERSE else c * C
+        m = gl.minimum(tokens - c * C, C)
         qs, ks, vs = qb.index(0).reshape([C, BK]), kb.index(0).reshape([C, BK]), vb.index(0).reshape([C, BV])
         _take(qs, q, t, read, HQ * K, column_k, K, W)
         _take(ks, k, t, read, HK * K, column_k, K, W)
         _take(vs, v, t, read, HV * V, column_v, V, W)
         hopper.fence_async_shared()
         gl.barrier()
-        dk = gl.exp2(gm * gl.maximum(gl.minimum(m, C) - 1 - rank_k + POST, 0)) * gain
-        O, vt, S, vw = _multiply(qs, ks, vs, ps, S, D, dq, dk, gl.exp2(gm * gl.minimum(m, C)), LO, LP)
+        dk = gl.exp2(gm * gl.maximum(m - 1 - rank_k + post, 0)) * scale_k
+        O, vt, S, vw = _multiply(qs, ks, vs, ps, S, D, dq, dk, gl.exp2(gm * m), LO, LP)
         O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
         _put(o, os, O, t, tokens, H * V, column_v, V, W, False)
         S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
+        t += forth
         c += 1
     if after == 0:
         if sequence >= 0:
@@ -916,8 +936,8 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n,
 
 
 @_kernel
-def _step_kernel(q, k, v, g, s0, o, s, H, HQ, HK, HV, G_STRIDE, scale, gain, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-                 BV: tl.constexpr, POST: tl.constexpr, HAS_S0: tl.constexpr):
+def _step_kernel(q, k, v, g, s0, o, s, H, HQ, HK, HV, G_STRIDE, scale, way, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+                 BV: tl.constexpr, HAS_S0: tl.constexpr):
     """`_scan_kernel` for sequences of one token: nothing to multiply as matrices, so the state passes through once, as it lies."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i = tl.program_id(0)
@@ -930,11 +950,13 @@ def _step_kernel(q, k, v, g, s0, o, s, H, HQ, HK, HV, G_STRIDE, scale, gain, K: 
     vs = tl.load(v + (b * HV + h // (H // HV)) * V + cv, mask=cv < V, other=0.0).to(tl.float32)
     at = (b * H + h) * K * V + ck[:, None] * V + cv[None, :]
     inside = (ck < K)[:, None] & (cv < V)[None, :]
-    S = ks[:, None] * (vs * gain)[None, :]
+    post = way // 4 % 2
+    scale_q, scale_k = 1.0 if post > 0 else scale * 1.0, scale * 1.0 if post > 0 else 1.0
+    S = ks[:, None] * (vs * scale_k)[None, :]
     if HAS_S0:
-        S += tl.load(s0 + at, mask=inside, other=0.0) * (1.0 if POST else decay)
-    tl.store(o + (b * H + h) * V + cv, (tl.sum(qs[:, None] * S, 0) * scale).to(o.dtype.element_ty), mask=cv < V)
-    tl.store(s + at, S * decay if POST else S, mask=inside)
+        S += tl.load(s0 + at, mask=inside, other=0.0) * (1.0 if post > 0 else decay)
+    tl.store(o + (b * H + h) * V + cv, (tl.sum(qs[:, None] * S, 0) * scale_q).to(o.dtype.element_ty), mask=cv < V)
+    tl.store(s + at, S * (decay if post > 0 else 1.0), mask=inside)
 
 
 # Their launch -------------------------------------------------------------------------------------------------------------------
@@ -993,16 +1015,24 @@ def _launch(kernel, *arrays, out, programs, **arguments):
                                   backend_options={"enable_fp_fusion": True}, **arguments)
 
 
+def _arguments(op, k, v, g, cu, L, rows, M, pieces=0):
+    """The table of work in so many rows of L tokens, which is g where it is not read, and arguments that kernels share."""
+    T, H, packed = k.shape[1], g.shape[1], cu is not None
+    return _tables(T, cu, L, op.reverse, pieces) if packed else g, dict(
+        T=T, L=L, H=H, R=rows, HK=k.shape[2], HV=v.shape[2], K=k.shape[3], V=v.shape[3], M=M, scale=op.scale, way=2 * op.reverse + 4 * op.post,
+        TABLE_STRIDE=rows * 7 if packed and cu.shape[0] > 1 else 0, G_STRIDE=H if g.shape[0] > 1 else 0, PACKED=packed)
+
+
 def _scan_triton(op, q, k, v, g, s0, cu):
     K, V, dtype = q.shape[3], v.shape[3], q.dtype
     (B, T), HQ, H, n = q.shape[:2], q.shape[2], g.shape[1], 1 if cu is None else cu.shape[1] - 1
     states_out = jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
-    heads = dict(H=H, HK=k.shape[2], HV=v.shape[2], G_STRIDE=H if g.shape[0] > 1 else 0, gain=op.gain, K=K, V=V, POST=int(op.post))
     if T == 1 and cu is None and not op.only_state:
         BK, BV = _block(K), min(_block(V), max(16, 8192 // _block(K)))
+        _, arguments = _arguments(op, k, v, g, cu, 1, 1, 1)
         return _launch(_step_kernel, q, k, v, g, g if s0 is None else s0, out=(jax.ShapeDtypeStruct((B, T, H, V), dtype), states_out),
-                       programs=B * H * -(-V // BV), HQ=HQ, scale=op.scale, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=4,
-                       num_stages=1, **heads)
+                       programs=B * H * -(-V // BV), HQ=HQ, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=4, num_stages=1,
+                       **{n: arguments[n] for n in ("H", "HK", "HV", "G_STRIDE", "scale", "way", "K", "V")})
 
     arch, processors = _gpu()
     config = _config(arch, K, V, dtype, B, T)
@@ -1012,27 +1042,21 @@ def _scan_triton(op, q, k, v, g, s0, cu):
     # segments that fill the GPU, but none so short that its state costs more than its tokens
     segments = max(1, min(processors * config.residents // programs, T // 512))
     # M pieces a segment, a power of 2: the states of a head that forgets nothing are summed by programs that all run at once
-    x, y = (v, k) if op.swap else (k, v)                         # what the states are summed from
-    tile = dict(K=x.shape[3], V=y.shape[3], BK=min(_block(x.shape[3]), 64), BV=min(_block(y.shape[3]), 64), C=64)
-    tiles = -(-tile["K"] // tile["BK"]) * -(-tile["V"] // tile["BV"])
-    M = 1 << max(1, min(8, 3 * processors // (B * segments * tiles), T // (segments * 512))).bit_length() - 1
+    M = max(1, min(8, 3 * processors // (B * segments * -(-K // 64) * -(-V // 64)), T // (segments * 512)))
+    M = 1 << M.bit_length() - 1
     piece = -(-T // (segments * M * C)) * C
     L = piece * M
-    R = -(-T // L) if cu is None else T // L + n + 2
     Z = -(-T // piece) if op.only_state else (T - 1) // L * M
     precise = str(op.precision).lower() in ("highest", "float32", "high", "tensorfloat32_3x", "bfloat16_3x")
-    precision = "ieee" if arch.startswith("gfx") else "tf32x3" if precise else "tf32"
-
-    def work(rows, L, *pieces):                                  # its table, which is g where it is not read, and what goes with it
-        return g if cu is None else _tables(T, cu, L, op.reverse, *pieces), dict(
-            L=L, R=rows, M=1 if op.only_state else M, TABLE_STRIDE=0 if cu is None or cu.shape[0] == 1 else rows * 7, PACKED=cu is not None)
+    precision = dict(PRECISION="ieee" if arch.startswith("gfx") else "tf32x3" if precise else "tf32")
 
     z = g                                                        # never read where no segment follows another
     if Z:
-        table, split = work(Z, piece, M)
-        z = _launch(_states_kernel, x, y, g, table, out=jax.ShapeDtypeStruct((B, Z, H, y.shape[3], x.shape[3]), jnp.float32), T=T,
-                    programs=B * Z * H * tiles, REVERSE=op.reverse, PRECISION=precision, num_warps=4, num_stages=config.states_stages, **split,
-                    **heads | tile | dict(HK=x.shape[2], HV=y.shape[2]))
+        x, y = (v, k) if op.swap else (k, v)                     # what the states are summed from
+        table, arguments = _arguments(op, x, y, g, cu, piece, Z, 1 if op.only_state else M, M)
+        tile = dict(BK=min(_block(x.shape[3]), 64), BV=min(_block(y.shape[3]), 64))
+        z = _launch(_states_kernel, x, y, g, table, out=jax.ShapeDtypeStruct((B, Z, H, y.shape[3], x.shape[3]), jnp.float32), C=64,
+                    programs=B * Z * H * -(-K // 64) * -(-V // 64), num_warps=4, num_stages=config.states_stages, **precision, **tile, **arguments)
     if op.only_state:
         after = jnp.maximum(T - piece * (1 + jnp.arange(Z)), 0)  # tokens after each piece
         s = jnp.einsum("bzhvk,bhz->bhkv", z, jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, Z)), precision="highest")
@@ -1040,10 +1064,12 @@ def _scan_triton(op, q, k, v, g, s0, cu):
     if Z:
         BE, walks = min(512, _block(K * V)), 1 if cu is None else Z // M
         ref = jax.new_ref(z)                                     # linked where it lies
-        _launch(_link_kernel, ref, g, table, out=(), programs=B * walks * H * -(-K * V // BE), H=H, G_STRIDE=heads["G_STRIDE"], Z=Z, E=K * V,
-                BE=BE, num_warps=4, num_stages=1, **split | dict(R=walks))
+        _launch(_link_kernel, ref, g, table, out=(), programs=B * walks * H * -(-K * V // BE), R=walks, Z=Z, E=K * V, BE=BE, num_warps=4,
+                num_stages=1, **{n: arguments[n] for n in ("L", "H", "M", "TABLE_STRIDE", "G_STRIDE", "PACKED")})
         z = ref[...]
-    table, split = work(R, L)
+
+    R = -(-T // L) if cu is None else T // L + n + 2
+    table, arguments = _arguments(op, k, v, g, cu, L, R, M)
     arrays = q, k, v, g, g if s0 is None else s0, z, table
     if config.kernel is _hopper_kernel:
         # made by the host, because those that a kernel makes need scratch memory, which a launch inside a CUDA graph does not get
@@ -1052,8 +1078,8 @@ def _scan_triton(op, q, k, v, g, s0, cu):
         arrays = view(q, K, BK), view(k, K, BK), view(v, V, BV), *arrays
         kind = dict(STAGES=config.num_stages, num_stages=1)
     else:
-        kind = dict(PRECISION=precision, num_stages=config.num_stages)
+        kind = dict(num_stages=config.num_stages, **precision)
     o, s = _launch(config.kernel, *arrays, out=(jax.ShapeDtypeStruct((parts, B, T, H, V), dtype), states_out), programs=programs * R,
-                   B=B, T=T, n=n, HQ=HQ, Z=Z, scale=op.scale, C=C, BK=BK, BV=BV, REVERSE=op.reverse, HAS_S0=s0 is not None, SWAP=op.swap,
-                   num_warps=config.num_warps, **kind, **split, **heads)
+                   B=B, n=n, HQ=HQ, Z=Z, C=C, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=config.num_warps,
+                   **kind, **arguments | dict(way=arguments["way"] + 8 * op.swap))
     return o[0] if parts == 1 else o.sum(0, dtype=jnp.float32).astype(dtype), s
