@@ -463,17 +463,17 @@ def _sharded(op, *operands):
 
     def partition(mesh, arguments, results):
         b, _, h, _ = (*results[0].sharding.spec, *(None,) * 4)[:4]
-        if h is not None and few % math.prod(mesh.shape[axis] for axis in np.atleast_1d(h)):
+        if h is not None and few > 1 and few % math.prod(mesh.shape[axis] for axis in np.atleast_1d(h)):
             h = None                                             # devices that would share a key head gather them all
         put = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
-        by = [put(b, None, h)] * 3 + [put(b if g.shape[0] == B else None, h)]
+        by = [put(b, None, h if x.shape[2] > 1 else None) for x in (q, k, v)] + [put(b if g.shape[0] == B else None, h)]
         if s0 is not None:
             by += [put(b, None, h)]
         if cu is not None:
             by += [put(b if cu.shape[0] == B else None)]
         return mesh, one_device, (put(b, None, h), put(b, None, h)), tuple(by)
 
-    heads = lambda x: "f" if x == few else "(f r)" if x == H else f"h{x}"
+    heads = lambda x: "f" if x == few else f"h{x}" if x != H else "r" if few == 1 else "(f r)"
     row = lambda x, own: "b" if x.shape[0] == B else own
     rule = [f"b t {heads(q.shape[2])} k", f"b t {heads(k.shape[2])} k", f"b t {heads(v.shape[2])} v", f"{row(g, 'g')} {heads(H)}"]
     if s0 is not None:
@@ -483,7 +483,7 @@ def _sharded(op, *operands):
     rule = ", ".join(rule) + f" -> b {'u' if op.only_state else 't'} {heads(H)} v, b n {heads(H)} k v"
     call = custom_partitioning(local)
     together = tuple(x for x in "tkvnmu" if f" {x}" in rule)
-    call.def_partition(partition, sharding_rule=rule, need_replication_factors=together, **({"r": H // few} if few < H else {}))
+    call.def_partition(partition, sharding_rule=rule, need_replication_factors=together, **({"r": H // few} if 1 < few < H else {}))
     return call(*(x for x in operands if x is not None))
 
 

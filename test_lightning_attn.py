@@ -293,6 +293,7 @@ PATHS = [pytest.param("xla"),
            for p in ("interpreter", "gluon")),
          pytest.param("gpu", marks=wants_gpu)]
 each_path = pytest.mark.parametrize("path", PATHS)
+P = jax.sharding.PartitionSpec
 
 
 # The oracle ---------------------------------------------------------------------------------------------------------------------
@@ -657,6 +658,30 @@ def test_other_transforms(path, precise):
     assert len(results) == 8
     for r in results:
         close(r, want, 1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_segments_under_transforms(path, precise):
+    """Their states are linked in place, through a Ref, which scan, remat, grad, vmap, shard_map and export must carry."""
+    q, k, v, *_ = inputs(27, 2, 1100, 2, 1, 8, 8)
+    f = lambda path, *args: attend(path, *args, 0, 2)
+
+    def loss(path, q):
+        layer = jax.checkpoint(lambda x, i: (x + attend(path, x, k, v, i, 2)[0], None))
+        return (jax.lax.scan(layer, q, jnp.arange(2))[0] ** 2).sum()
+
+    mesh = jax.make_mesh((min(2, len(jax.devices())),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    runs = [lambda p: jax.jit(jax.grad(functools.partial(loss, p)))(q),
+            lambda p: jax.jit(jax.vmap(functools.partial(f, p), (0, None, None)))(jnp.stack([q, -q]), k, v),
+            lambda p: jax.jit(jax.shard_map(functools.partial(f, p), mesh=mesh, in_specs=P("data"), out_specs=P("data")))(q, k, v)]
+    if path == "gpu":                                            # callbacks do not shard
+        runs += [lambda p: jax.jit(functools.partial(f, p))(*(jax.device_put(x, jax.NamedSharding(mesh, P("data"))) for x in (q, k, v)))]
+    for run in runs:
+        close(run(path), run("xla"), 1e-4)
+    if path == "gpu":
+        exported = jax.export.export(jax.jit(functools.partial(f, path)), disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")])(q, k, v)
+        close(jax.export.deserialize(exported.serialize()).call(q, k, v), f("xla", q, k, v), 1e-4)
+    assert path not in INTERPRETED or "_link_kernel" in {name for name, _ in LAUNCHED}
 
 
 def test_float64():
@@ -1109,7 +1134,6 @@ def test_compute_sanitizer(tool):
 
 # Many devices: 8 virtual CPUs ---------------------------------------------------------------------------------------------------
 
-P = jax.sharding.PartitionSpec
 eight_cpus = pytest.mark.skipif(HAS_GPU, reason="8 virtual CPU devices")
 COLLECTIVE = r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
@@ -1161,6 +1185,23 @@ def test_more_devices_than_kv_heads(precise):
     mesh = jax.make_mesh((8,), ("h",), axis_types=(jax.sharding.AxisType.Auto,))
     put = [jax.device_put(x, jax.NamedSharding(mesh, s)) for x, s in zip((q, k, v), (P(None, None, "h"), P(), P()))]
     close(f(*put), f(q, k, v), 1e-6)
+
+
+@eight_cpus
+@pytest.mark.parametrize("spec", [P("a"), P(None, None, "a")])
+def test_one_kv_head_sharded_by_jit(precise, spec):
+    """Every device has the one key head: rows and query heads stay where they are."""
+    q, k, v, s0, do, ds = inputs(34, 4, 72, 8, 1, 8, 8)
+    g = lightning_g_gamma(8, 1, 4)
+    step = step_of(lambda q, k, v, s0, g: lightning_attn(q, k, v, initial_state=s0, g_gamma=g))
+    want = step(q, k, v, s0, g, do, ds)
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    b, _, h = (*spec, None, None)[:3]
+    specs = spec, P(b), P(b), P(b, h), P(h), spec, P(b, h)
+    put = [jax.device_put(x, jax.NamedSharding(mesh, s)) for x, s in zip((q, k, v, s0, g, do, ds), specs)]
+    compiled = step.lower(*put).compile()
+    close(compiled(*put), want, 1e-5)
+    assert all(op == "all-reduce" for op, _ in collectives(compiled)), collectives(compiled)     # sums over query heads
 
 
 @eight_cpus
