@@ -230,7 +230,8 @@ def compare(rows, found):
         row["peers"] = {name: times[row["shape"]] for name, times in found.items() if row["shape"] in times}
         row["against_fastest_peer"] = best = {way: min((p[way] for p in row["peers"].values() if way in p), default=float("nan")) / row[way]
                                               for way in ("forward", "backward")}
-        say(f"{str(row['shape']):>30} | fastest peer: forward {best['forward']:.2f}x ours, backward {best['backward']:.2f}x")
+        if any("forward" in p for p in row["peers"].values()):
+            say(f"{str(row['shape']):>30} | fastest peer: forward {best['forward']:.2f}x ours, backward {best['backward']:.2f}x")
 
 
 def further(rate):
