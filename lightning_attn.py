@@ -563,6 +563,7 @@ def _positions(op, T, cu):
 def _scan_xla(op, q, k, v, g, s0, cu):
     """Chunk by chunk with a `lax.scan`; results as `_scan`'s. On a CPU, chunks of 32 to 64 tokens were the fastest."""
     B, T, H, K, V, n = *q.shape[:2], g.shape[1], q.shape[3], v.shape[3], 1 if cu is None else cu.shape[1] - 1
+    g = lax.optimization_barrier(g)                              # XLA would fold decays that it knows into large constants, and be slower
     C, wide = min(T, 64), g.dtype
     dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
 
