@@ -636,7 +636,8 @@ def _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED: tl.constexpr
 
 
 def _enter(S, z, s0, zT, state, inside, place, sequence, swap, gL, HAS_S0: tl.constexpr):
-    """S plus the state that a segment starts from: what the segments before it leave, linked, and the sequence's own, decayed."""
+    """S plus the state that a segment starts from: what the segments before it leave, linked, and the sequence's own, decayed. Numbers
+    lie at `zT` in z, as in [V, K], or (swap), as in any state, at `state`."""
     if place > 0:
         if swap > 0:
             S += tl.load(z + state, mask=inside, other=0.0)

@@ -462,6 +462,7 @@ def test_scale(path, scale):
 @pytest.mark.parametrize("cu", [None, [0, 1300, 1310, 2040]])
 def test_many_segments(path, reverse, cu):
     """Long sequences are cut in segments, 4 of these 2100 tokens, for heads that forget nothing, something and everything."""
+    LAUNCHED.clear()
     compare(path, *inputs(7, 1, 2100, 4, 2, 16, 24, n=cu and 3), g=[0.0, -0.01, -0.3, -3.0], reverse=reverse, cu=cu)
     if path in INTERPRETED:
         assert {("_states_kernel", 12), ("_link_kernel", 4 if cu is None else 12)} < LAUNCHED
@@ -474,6 +475,7 @@ def test_segments_in_pieces(path, reverse, cu, precise, monkeypatch):
     """On a GPU that holds 9 programs, 3 segments of 4 pieces each, of which a head may need all, some, or the end of the last."""
     module = INTERPRETED.get(path, la)
     arch, _ = module._gpu()
+    LAUNCHED.clear()
     monkeypatch.setattr(module, "_gpu", lambda: (arch, 9 if path == "interpreter" else 5))
     q, k, v, s0, *_ = inputs(7, 1, 6200, 3, 3, 16, 8, n=cu and 3)
     jax.clear_caches()
@@ -617,6 +619,16 @@ def test_scan_over_layers_with_remat(path, precise):
 
 
 @each_path
+@pytest.mark.parametrize("result", [0, 1])
+def test_gradients_of_one_result(path, precise, result):
+    """The other one has no cotangent, which is not the same as zeros."""
+    q, k, v, s0, do, ds = inputs(28, **SMALL)
+    g = jnp.linspace(-0.3, 0, q.shape[2])
+    gradients = lambda f: jax.jit(jax.grad(lambda q, k, v, s0, g: (f(q, k, v, initial_state=s0, g_gamma=g)[result] * (do, ds)[result]).sum(), (0, 1, 2, 3, 4)))(q, k, v, s0, g)
+    close(gradients(functools.partial(attend, path)), gradients(lightning_attn_reference))
+
+
+@each_path
 def test_second_derivatives(path, precise):
     q, k, v, s0, do, ds = inputs(23, 1, 5, 2, 1, 3, 2)
 
@@ -663,6 +675,7 @@ def test_other_transforms(path, precise):
 @pytest.mark.parametrize("path", PATHS[1:])
 def test_segments_under_transforms(path, precise):
     """Their states are linked in place, through a Ref, which scan, remat, grad, vmap, shard_map and export must carry."""
+    LAUNCHED.clear()
     q, k, v, *_ = inputs(27, 2, 1100, 2, 1, 8, 8)
     f = lambda path, *args: attend(path, *args, 0, 2)
 
