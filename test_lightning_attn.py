@@ -676,7 +676,7 @@ def test_other_transforms(path, precise):
 def test_segments_under_transforms(path, precise):
     """Their states are linked in place, through a Ref, which scan, remat, grad, vmap, shard_map and export must carry."""
     LAUNCHED.clear()
-    q, k, v, *_ = inputs(27, 2, 1100, 2, 1, 8, 8)
+    q, k, v, *_ = inputs(27, 2, 1600, 2, 1, 8, 8)               # 3 segments: of 2, the link changes nothing
     f = lambda path, *args: attend(path, *args, 0, 2)
 
     def loss(path, q):
