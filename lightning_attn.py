@@ -321,7 +321,8 @@ def _attend_bwd(op, saved, cotangents):
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(op, saved, do, ds):
     q, k, v, g, s0, cu, s = saved
-    do = jnp.zeros((*q.shape[:2], g.shape[1], v.shape[3]), v.dtype) if do is None else do
+    do = jnp.zeros((*q.shape[:2], g.shape[1], v.shape[3]), v.dtype) if do is None or op.only_state else do
+    op = dataclasses.replace(op, only_state=False)
     back = op.adjoint()
     dq, _ = _attend(op, do, v, k, g, _transposed(s0), cu)
     dv, ds0, dk = _attend_both(back, k, q, do, g, ds, cu, v)
