@@ -221,6 +221,10 @@ def shapes_table(shapes, dtype, rate):
         rows.append(dict(shape=shape, dtype=dtype, forward=f, backward=b, both=both, forward_of_floor=4 * size / rate * 1e3 / f,
                          backward_of_floor=7 * size / rate * 1e3 / b, extra_memory=extra / (4 * size)))
         say(f"{str(shape):>30} | {f:.3f}, {rows[-1]['forward_of_floor']:.0%} | {b:.3f}, {rows[-1]['backward_of_floor']:.0%} | {both:.3f} | {rows[-1]['extra_memory']:.1%}")
+        if f < 0.06:                                             # where launching may be what takes the time: the kernels alone
+            sets = draw(*shape, dtype)
+            on_gpu = rows[-1]["on_gpu"] = [gpu_time(call, sets) for call in calls(ours())[:2]]
+            say(f"{'on the GPU':>30} | {on_gpu[0]:.4f} | {on_gpu[1]:.4f}")
     return rows
 
 
