@@ -641,14 +641,18 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
 _kernel, _gluon = (triton.jit, gluon.jit) if triton else (lambda f: f,) * 2
 
 
-def _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED: tl.constexpr):
+def _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED: tl.constexpr, ROWS_FIRST: tl.constexpr):
     """What a program works on: tile of the values, of the keys, head, batch row, r and row r of its `_table`, read or, for a plain batch,
-    worked out: that saves it a launch and a wait for memory."""
+    worked out: that saves it a launch and a wait for memory. Neighbours share tokens, or else (ROWS_FIRST) their head."""
     i = tl.program_id(0)
     i_v, i = i % NV, i // NV
     i_k, i = i % NK, i // NK
-    h, i = i % H, i // H
-    r, b = i % R, (i // R).to(tl.int64)
+    if ROWS_FIRST:
+        r, i = i % R, i // R
+        h, b = i % H, (i // H).to(tl.int64)
+    else:
+        h, i = i % H, i // H
+        r, b = i % R, (i // R).to(tl.int64)
     if PACKED:
         row = table + b * TABLE_STRIDE + r * 7
         return (i_v, i_k, h, b, r, tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5),
@@ -699,7 +703,8 @@ def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE
     NV: tl.constexpr = (V + BV - 1) // BV
     reverse, post = way // 2 % 2, way // 4 % 2
     turn = 1 - 2 * reverse
-    i_v, i_k, h, b, r, first, tokens, read, sequence, place, after, slot = _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED)
+    # the heads that forget least, the first ones, are at work longest: all of their rows start at once
+    i_v, i_k, h, b, r, first, tokens, read, sequence, place, after, slot = _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED, True)
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
     if tokens < 0 or gm * L * (M - 1 - place % M) <= -150.0:
         return
@@ -761,7 +766,7 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, T
     NV: tl.constexpr = (V + BV - 1) // BV
     reverse, post = way // 2 % 2, way // 4 % 2
     turn = 1 - 2 * reverse
-    i_v, _, h, b, r, first, tokens, read, sequence, place, after, slot = _work(table, 1, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED)
+    i_v, _, h, b, r, first, tokens, read, sequence, place, after, slot = _work(table, 1, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED, False)
     if tokens < 0:
         return
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
@@ -894,7 +899,8 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, o, s, y, B, T, L
     NV: gl.constexpr = (V + BV - 1) // BV
     reverse, post = way // 2 % 2, way // 4 % 2
     turn = 1 - 2 * reverse
-    i_v, _, h, b, r, first, tokens, read, sequence, place, after, slot = _work_gluon(table, 1, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED)
+    i_v, _, h, b, r, first, tokens, read, sequence, place, after, slot = _work_gluon(table, 1, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED,
+                                                                                         False)
     if tokens < 0:
         return
     gm = (gl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(gl.float32)
