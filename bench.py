@@ -229,13 +229,14 @@ def shapes_table(shapes, dtype, rate):
 
 
 def compare(rows, found):
-    """Adds to rows what the peers took for them, and how many times our time the fastest took."""
+    """Adds to rows what the peers took for them, and says how many times our time that is."""
+    ways = "forward", "backward"
     for row in rows:
         row["peers"] = {name: times[row["shape"]] for name, times in found.items() if row["shape"] in times}
-        row["against_fastest_peer"] = best = {way: min((p[way] for p in row["peers"].values() if way in p), default=float("nan")) / row[way]
-                                              for way in ("forward", "backward")}
-        if any("forward" in p for p in row["peers"].values()):
-            say(f"{str(row['shape']):>30} | fastest peer: forward {best['forward']:.2f}x ours, backward {best['backward']:.2f}x")
+        row["against_fastest_peer"] = {way: min((p[way] for p in row["peers"].values() if way in p), default=float("nan")) / row[way] for way in ways}
+        against = row["peers"] | {"the fastest": {way: x * row[way] for way, x in row["against_fastest_peer"].items()}}
+        say(f"{str(row['shape']):>30} | times ours, forward / backward: " + ", ".join(
+            name + " " + (" / ".join(f"{p[way] / row[way]:.2f}" for way in ways) if "forward" in p else "not measured") for name, p in against.items()))
 
 
 def further(rate):

@@ -469,6 +469,14 @@ def test_many_segments(path, reverse, cu):
         assert {("_states_kernel", 24), ("_link_kernel", 4 if cu is None else 12)} < LAUNCHED
 
 
+@each_path
+def test_segments_with_states_of_several_tiles(path):
+    LAUNCHED.clear()
+    compare(path, *inputs(7, 1, 1100, 2, 1, 136, 72), g=[0.0, -0.01])
+    if path in INTERPRETED:                                      # 2 pieces of one segment, 2 heads, 3 x 2 tiles or, for 16 bits, 2 x 2
+        assert {("_states_kernel", 24 if path == "interpreter" else 16), ("_link_kernel", 40)} < LAUNCHED
+
+
 @pytest.mark.parametrize("path", PATHS[1:])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("cu", [None, [0, 20, 5020, 6150]])
