@@ -1109,13 +1109,14 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
 
     C, BK, BV = config.C, config.BK, config.BV
     programs = B * H * -(-V // BV)
+    room = dtype.itemsize * T * (K + V) // (14 * K * V)          # states in a seventh of the memory of q, k, v and o
     # segments that fill the GPU, but none so short that its state costs more than its tokens
-    segments = max(1, min(processors * config.residents // programs, T // 512))
+    segments = max(1, min(processors * config.residents // programs, T // 512, 1 + room))
     x, y = (v, k) if swap else (k, v)                            # what their states are summed from
     tile = dict(BK=min(_block(x.shape[3]), config.states_BK), BV=min(_block(y.shape[3]), 64))
     tiles = -(-x.shape[3] // tile["BK"]) * -(-y.shape[3] // tile["BV"])
     # M pieces a segment, a power of 2: the states of a head that forgets nothing are summed by programs that all run at once
-    M = max(1, min(8, 3 * processors // (B * segments * tiles), T // (segments * 256)))
+    M = max(1, min(8, 3 * processors // (B * segments * tiles), T // (segments * 256), room // max(1, segments - 1)))
     M = 1 << M.bit_length() - 1
     piece = -(-T // (segments * M * C)) * C
     L = piece * M
