@@ -270,11 +270,11 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
 #
 #     dq = scan(do, v, k, from s0^T)     dk = scan back(v, do, q, from ds^T)     dv = scan back(k, q, do, from ds)     ds0 = its end
 #
-# The states of dk's scan are those of dv's, transposed: with a last operand w [B, T, Hw, V] a scan also returns y_i = scale S_i w_i [B, T,
-# H, K], and dk is what v reads there.
-#
 # where the adjoint of a scan that decays its state before a token is added decays it after the token is read (`post`): so the
 # cotangent of the final state is the state that it starts from, and what it ends with is the cotangent of s0.
+#
+# The states of dk's scan are those of dv's, transposed: with a last operand w [B, T, Hw, V] a scan also returns y_i = scale S_i w_i [B, T,
+# H, K], and dk is what v reads there.
 
 @dataclasses.dataclass(frozen=True)
 class _Op:
