@@ -1474,6 +1474,16 @@ def test_compiles_and_fits(arch, dtype):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.parametrize("B, T, H, D", [(1, 32768, 32, 128), (1, 131072, 8, 128), (4, 8192, 16, 64), (1, 4096, 16, 128), (2, 8192, 16, 96), (2, 8192, 16, 256), (1, 4096, 4, 512)])
+def test_states_of_segments_take_little_memory(B, T, H, D):
+    """A seventh of q, k, v and o at most. There are states: none of these shapes fills an H200 without segments."""
+    x = jax.ShapeDtypeStruct((B, T, H, D), "bfloat16")
+    found = launches("sm_90", lambda q, k, v: lightning_attn(q, k, v, 12, 24, backend="triton"), x, x, x)
+    z, = (arrays[-1] for kernel, arrays, *_ in found if kernel.__name__ == "_states_kernel")
+    assert z.dtype == "float32" and 4 * z.size <= 4 * 2 * B * T * H * D / 7
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 @pytest.mark.parametrize("dtype, T, D, cu", [("bfloat16", 4096, 64, None), ("bfloat16", 4096, 64, [0, 10, 4096]), ("float32", 80, 1, None), ("float32", 1, 16, None)])
 def test_compiles_where_all_is_one(dtype, T, D, cu):
     """One row, one head, a scale of 1: arguments that are 1 become constants of the kernels, and are typed as such."""
