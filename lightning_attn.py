@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import warnings
 from typing import Any
@@ -60,7 +61,7 @@ __all__ = ["lightning_attn", "lightning_attn_reference", "lightning_g_gamma"]
 # The API ------------------------------------------------------------------------------------------------------------------------
 
 def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_scale=None, initial_state=None, reverse=False,
-                   cu_seqlens=None, *, g_gamma=None, backend=None, seq_axis=None):
+                   cu_seqlens=None, *, g_gamma=None, backend=None, seq_axis=None, output_final_state=True):
     """Lightning attention (arXiv:2307.14995, 2401.04658, 2501.08313): o_t = scale q_t S_t, S_t = e^g S_{t-1} + k_t v_t^T.
 
     Works under jit, grad (to any order), vmap, scan, remat, export and sharding; is differentiable in `query`, `key`, `value`,
@@ -113,19 +114,18 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
         raise ValueError("seq_axis: expected None with cu_seqlens, because a pack cannot be cut inside its sequences; got "
                          f"{seq_axis!r}. Give each device whole sequences instead: a pack of its own in shard_map")
     if seq_axis is not None:
-        try:
-            lax.axis_size(seq_axis)
-        except NameError:
-            raise ValueError(f"seq_axis: expected an axis of a shard_map around this call, got {seq_axis!r}") from None
-    op = _Op(scale, bool(reverse), False, backend, jax.config.jax_default_matmul_precision)
+        axes = seq_axis if isinstance(seq_axis, tuple) else (seq_axis,)
+        if not axes or not set(axes) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+            raise ValueError(f"seq_axis: expected an axis of a shard_map around this call, or a tuple of them, got {seq_axis!r}")
+    op = _Op(scale, bool(reverse), False, backend, jax.config.jax_default_matmul_precision, final_state=output_final_state)
     s0 = None if s0 is None else s0[:, None] if cu is None else s0[None]
     g, cu = g[None], None if cu is None else cu[None]
     if seq_axis is None:
-        o, s = _in_auto_mode(functools.partial(_attend, op), *_vary((q, k, v, g, s0, cu), q, k, v, g, s0, cu))
+        o, s = _attend(op, *_vary((q, k, v, g, s0, cu), q, k, v, g, s0, cu))
     else:
         q, k, v = _vary((q, k, v), q, k, v)
-        o, s = _attend_across(op, seq_axis, q, k, v, g, s0)
-    return o, s[:, 0] if cu is None else s[0]
+        o, s = _attend_across(op, axes, q, k, v, g, _vary(s0, q, but=axes))
+    return o, None if s is None else s[:, 0] if cu is None else s[0]
 
 
 def lightning_attn_reference(query, key, value, layer_idx=None, num_layers=None, softmax_scale=None, initial_state=None,
@@ -284,6 +284,7 @@ class _Op:
     backend: str | None
     precision: Any                                               # jax.default_matmul_precision where the op was called
     only_state: bool = False                                     # o is [B, 0, H, V]
+    final_state: bool = True                                     # False: s is None
 
     def adjoint(self):
         return dataclasses.replace(self, reverse=not self.reverse, post=not self.post)
@@ -305,8 +306,13 @@ def _attend(op, *operands):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(op, q, k, v, g, s0, cu):
-    return _scan(op, q, k, v, g, s0, cu)
+def _forward(op, *operands):
+    specs = list(map(_spec, operands[:3]))
+    rows = next((spec[0] for spec in specs if spec[0] is not None), None)
+    taken = jax.tree.leaves(rows)
+    heads = next((spec[2] for spec in specs if spec[2] is not None and not set(taken) & set(jax.tree.leaves(spec[2]))), None)
+    out = PartitionSpec(rows, None, heads)
+    return _in_auto_mode(lambda *operands: _scan(op, *operands)[:2], operands, (out, out if op.final_state else None))
 
 
 def _attend_fwd(op, *operands):
@@ -320,12 +326,16 @@ def _attend_bwd(op, saved, cotangents):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(op, saved, do, ds):
+    q, k, v, g, s0, cu, _ = saved
+    return _in_auto_mode(functools.partial(_gradients_by_scans, op), (saved, do, ds), (*map(_spec, (q, k, v, g, s0)), None))
+
+
+def _gradients_by_scans(op, saved, do, ds):
     q, k, v, g, s0, cu, s = saved
     do = jnp.zeros((*q.shape[:2], g.shape[1], v.shape[3]), v.dtype) if do is None or op.only_state else do
-    op = dataclasses.replace(op, only_state=False)
-    back = op.adjoint()
+    op = dataclasses.replace(op, only_state=False, final_state=False)
     dq, _ = _attend(op, do, v, k, g, _transposed(s0), cu)
-    dv, ds0, dk = _attend_both(back, k, q, do, g, ds, cu, v)
+    dv, ds0, dk = _attend_both(dataclasses.replace(op.adjoint(), final_state=s0 is not None), k, q, do, g, ds, cu, v)
 
     # o and s depend on g through e^{g (p_i - p_j)}, e^{g p_i} and e^{g (n - p_j)}: what q_i gains with p_i, k_j loses with p_j.
     p, count = _positions(op, q.shape[1], cu)                    # [B | 1, T], [B | 1, n]
@@ -336,7 +346,7 @@ def _gradients(op, saved, do, ds):
         dg += (count.astype(wide)[..., None] * (s * ds).sum((-1, -2))).sum(1)
     dg = dg if g.shape[0] > 1 else dg.sum(0, keepdims=True)
     dq, dk, dv = (_to_heads(dx, x.shape[2], x.dtype) for dx, x in ((dq, q), (dk, k), (dv, v)))
-    return dq, dk, dv, dg, None if s0 is None else ds0, None
+    return dq, dk, dv, dg, ds0, None
 
 
 _attend_anywhere, _attend_local = (jax.custom_vjp(_forward, nondiff_argnums=(0,)) for _ in range(2))
@@ -351,7 +361,8 @@ def _attend_both(op, q, k, v, g, s0, cu, w):
 
 
 def _one_by_one(attend, op, q, k, v, g, s0, cu, w):
-    return *attend(op, q, k, v, g, s0, cu), attend(op, w, v, k, g, _transposed(s0), cu)[0]
+    transposed = dataclasses.replace(op, final_state=False)
+    return *attend(op, q, k, v, g, s0, cu)[:2], attend(transposed, w, v, k, g, _transposed(s0), cu)[0]
 
 
 _attend_both.defvjp(lambda op, *operands: (_attend_both(op, *operands), operands),
@@ -361,22 +372,22 @@ _attend_both.defvjp(lambda op, *operands: (_attend_both(op, *operands), operands
 # One sequence on many devices: each starts from what the devices before it leave, so states are all that is sent, once each way.
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend_across(op, axis, q, k, v, g, s0):
-    return _across_fwd(op, axis, q, k, v, g, s0)[0]
+def _attend_across(op, axes, q, k, v, g, s0):
+    return _across_fwd(op, axes, q, k, v, g, s0)[0]
 
 
-def _across_fwd(op, axis, q, k, v, g, s0):
-    s_in, s = _exchange(op, axis, k, v, g, s0)
+def _across_fwd(op, axes, q, k, v, g, s0):
+    s_in, s = _exchange(op, axes, k, v, g, s0)
     o, left = _attend(op, q, k, v, _vary(g, q), s_in, None)
-    return (o, s), (q, k, v, g, s0, s_in, left)
+    return (o, s if op.final_state else None), (q, k, v, g, s0, s_in, left)
 
 
-def _across_bwd(op, axis, saved, cotangents):
+def _across_bwd(op, axes, saved, cotangents):
     q, k, v, g, s0, s_in, left = saved
     do, ds = cotangents
-    checked = axis in _varying(q)                                  # else shard_map(check_vma=False) sums what devices give and hands
-    devices = lax.axis_size(axis)                                # each its part of what they share
-    r_in, ds0 = _exchange(op.adjoint(), axis, q, do, g, ds if checked else lax.psum(ds, axis))
+    checked = set(axes) <= _varying(q)                                 # else shard_map(check_vma=False) sums what devices give and hands
+    devices = lax.axis_size(axes)                                # each its part of what they share
+    r_in, ds0 = _exchange(op.adjoint(), axes, q, do, g, ds if checked else lax.psum(ds, axes))
     dq, dk, dv, dg, *_ = _gradients(op, (q, k, v, _vary(g, q), s_in, None, left), do, r_in)
     if checked:
         dg = lax.psum(dg, tuple(_varying(dg) - _varying(g)))
@@ -386,29 +397,34 @@ def _across_bwd(op, axis, saved, cotangents):
 _attend_across.defvjp(_across_fwd, _across_bwd)
 
 
-def _exchange(op, axis, k, v, g, s0):
+def _exchange(op, axes, k, v, g, s0):
     """The state that this device's tokens start from, and the one that the whole sequence ends with (the same everywhere)."""
-    T, devices = k.shape[1], lax.axis_size(axis)
-    own = _attend(dataclasses.replace(op, only_state=True), k, k, v, _vary(g, k), None, None)[1]
-    varies = axis in _varying(own)
-    every = lax.all_gather(own, axis, **({"to": "invarying"} if varies else {}))             # [devices, B, 1, H, K, V]
+    own = _attend(dataclasses.replace(op, only_state=True, final_state=True), k, k, v, _vary(g, k), None, None)[1]
+    spec = _spec(own)
+    return _in_auto_mode(functools.partial(_states_around, op, axes, k.shape[1]), (own, g, s0), (spec, spec))
+
+
+def _states_around(op, axes, T, own, g, s0):
+    devices = lax.axis_size(axes)
+    varies = set(axes) <= _varying(own)
+    every = lax.all_gather(own, axes, **({"to": "invarying"} if varies else {}))             # [devices, B, 1, H, K, V]
     every = jnp.flip(every, 0) if op.reverse else every          # in scan order
     every = every if s0 is None else jnp.concatenate([s0[None], every])
     first = 0 if s0 is None else 1
-    rank = lax.axis_index(axis)
+    rank = lax.axis_index(axes)
     rank = devices - 1 - rank if op.reverse else rank
 
     def after(devices_before):                                   # the state that so many devices, and s0, leave behind
         age = devices_before - 1 + first - jnp.arange(every.shape[0])
-        weight = jnp.where(age >= 0, jnp.exp(g[..., None] * (T * jnp.maximum(age, 0))), 0)  # [B | 1, H, devices (+ 1)]
+        weight = jnp.where(age >= 0, jnp.exp(g[..., None] * T * jnp.maximum(age, 0)), 0)    # [B | 1, H, devices (+ 1)]
         return jnp.einsum("bhd,dbnhkv->bnhkv", jnp.broadcast_to(weight, (own.shape[0], *weight.shape[1:])), every, precision="highest")
 
     return after(rank), after(devices)
 
 
-def _vary(x, *like):
-    """`x`, varying over every shard_map axis that one of `like` varies over."""
-    axes = frozenset().union(*map(_varying, jax.tree.leaves(like)))
+def _vary(x, *like, but=()):
+    """`x`, varying over every shard_map axis that one of `like` varies over, save for some."""
+    axes = frozenset().union(*map(_varying, jax.tree.leaves(like))) - set(but)
     return jax.tree.map(lambda x: lax.pcast(x, tuple(axes - _varying(x)), to="varying"), x)
 
 
@@ -417,26 +433,23 @@ def _varying(x):
     return jax.typeof(x).manual_axis_type.varying
 
 
-def _in_auto_mode(attend, q, k, v, g, s0, cu):
-    """Under a mesh with Explicit axes, hands them to the compiler for the call; results are sharded as the operands."""
-    mesh = jax.sharding.get_abstract_mesh()
+def _spec(x):
+    return None if x is None else jax.typeof(x).sharding.spec
+
+
+def _in_auto_mode(f, operands, out_specs):
+    """f(*operands). On a mesh with Explicit axes the compiler is handed them for the call, and results are sharded by `out_specs`."""
+    meshes = jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands))
+    mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])                    # arrays know their mesh where none is set
     explicit = tuple(a for a, kind in zip(mesh.axis_names, mesh.axis_types) if kind == jax.sharding.AxisType.Explicit)
     if not explicit:
-        return attend(q, k, v, g, s0, cu)
-    first = lambda axis: next((spec for x in (q, k, v) if (spec := jax.typeof(x).sharding.spec[axis]) is not None), None)
-    o, s = PartitionSpec(first(0), None, first(2)), PartitionSpec(first(0), None, first(2))
-    return jax.sharding.auto_axes(attend, axes=explicit, out_sharding=(o, s))(q, k, v, g, s0, cu)
+        return f(*operands)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(f, axes=explicit, out_sharding=out_specs)(*operands)
 
 
 def _scan(op, q, k, v, g, s0, cu, w=None):
-    """One scan, wherever it is called from: under vmap, on sharded arrays, for whichever platform."""
-    if not (q.size and k.size and v.size):                       # no tokens, or no batch: nothing to launch
-        B, n = q.shape[0], 1 if cu is None else cu.shape[1] - 1
-        shape = B, n, g.shape[1], q.shape[3], v.shape[3]
-        s = jnp.zeros(shape, g.dtype) if s0 is None else s0
-        T = 0 if op.only_state else q.shape[1]
-        o = jnp.zeros((B, T, g.shape[1], v.shape[3]), v.dtype)
-        return _vary((o, s) if w is None else (o, s, jnp.zeros((B, T, *q.shape[2:]), v.dtype)), q, k, v, g)
+    """One scan, wherever it is called from: under vmap, on sharded arrays, for whichever platform. Returns o, s, y; None for what is not asked."""
     return _folded(op)(q, k, v, g, s0, cu, w)
 
 
@@ -453,64 +466,123 @@ def _folded(op):
 
         def fold(x, is_mapped):
             if x is None or not is_mapped and x.shape[0] == 1 and (x is g or x is cu):
-                return x                                         # one decay or one set of boundaries for every row, as before
+                return x                                         # one decay or one set of boundaries for every row
             x = x if is_mapped else jnp.broadcast_to(x, (N, *x.shape))
             x = jnp.broadcast_to(x, (N, B, *x.shape[2:]))
             return x.reshape(N * B, *x.shape[2:])
 
         results = scan(*map(fold, (q, k, v, g, s0, cu, w), (*mapped[:4], *map(bool, mapped[4:]))))
-        return tuple(x.reshape(N, B, *x.shape[1:]) for x in results), (True,) * len(results)
+        return jax.tree.map(lambda x: x.reshape(N, B, *x.shape[1:]), results), jax.tree.map(lambda _: True, results)
 
     return scan
 
 
+# The dims of the operands and results of a scan: batch rows, tokens, heads, head dims K and V, sequences, boundaries.
+_OPERANDS = dict(q="b t h k", k="b t h k", v="b t h v", g="b h", s0="b n h k v", cu="b m", w="b t h v")
+_RESULTS = dict(o="b t h v", s="b n h k v", y="b t h k")
+
+
 def _sharded(op, *operands):
     """The scan with a sharding rule: each device scans its own batch rows and heads, and nothing is sent."""
-    present = tuple(x is not None for x in operands)
-    q, k, v, g, s0, cu, w = operands
-    B, H, few = q.shape[0], g.shape[1], min(x.shape[2] for x in (q, k, v, q if w is None else w))      # heads are `few` groups: (f r)
+    shapes = {name: x.shape for name, x in zip(_OPERANDS, operands) if x is not None}
+    mesh = jax.sharding.get_abstract_mesh()
+    if not all(map(math.prod, shapes.values())) or mesh.manual_axes and mesh.are_all_axes_manual:
+        return _on_platform(op, *operands)
+    call = custom_partitioning(functools.partial(_on_platform, op))
+    call.def_partition(functools.partial(_partition, op, shapes, mesh), **_sharding_rule(op, shapes))
+    return call(*operands)
 
-    def local(*operands):
-        operands = iter(operands)
-        return _on_platform(op, *(next(operands) if here else None for here in present))
 
-    def one_device(*operands):                                   # the mesh at hand is not that of what a device has for itself
+def _head_count(name, shape):
+    return shape[_OPERANDS[name].split().index("h")] if name != "cu" else 1
+
+
+def _sharding_rule(op, shapes):
+    """What the compiler may split: batch rows, and heads, which an operand may share in groups. A factor of the heads is named by the count
+    that it completes: 2 key heads of 8 query heads are h2, (h2 h8), with h8 = 4."""
+    B, H = shapes["q"][0], shapes["g"][1]
+    counts = sorted({1} | {_head_count(*item) for item in shapes.items()})
+    sizes = {f"h{count}": count // fewer for fewer, count in zip(counts, counts[1:])}
+    alone, own = set(), map("one{}".format, itertools.count())   # a dim of size 1 that others have more of is a factor of its own
+
+    def dim(letter, rows, heads):
+        if letter == "b":
+            return "b" if rows == B else next(own)
+        if letter != "h":
+            return letter
+        factors = [f"h{count}" for count in counts[1:] if count <= heads] or [next(own)]
+        alone.update(factors * (len(factors) == 1))
+        return factors[0] if len(factors) == 1 else f"({' '.join(factors)})"
+
+    write = lambda pattern, rows, heads: " ".join(dim(letter, rows, heads) for letter in pattern.split())
+    operands = [write(_OPERANDS[name], shape[0], _head_count(name, shape)) for name, shape in shapes.items()]
+    results = [write(_RESULTS[name].replace("t", "u") if op.only_state else _RESULTS[name], B, H)
+               for name, wanted in (("o", True), ("s", op.final_state), ("y", "w" in shapes)) if wanted]
+    rule = ", ".join(operands) + " -> " + ", ".join(results)
+    whole = tuple(dict.fromkeys(letter for letter in rule.split() if letter.strip(",") in set("tuknmv")))
+    return dict(sharding_rule=rule, need_replication_factors=tuple(dict.fromkeys(letter.strip(",") for letter in whole)),
+                **{factor: size for factor, size in sizes.items() if factor not in alone})
+
+
+def _partition(op, shapes, traced_mesh, mesh, _, results):
+    """How one device scans its part: mesh, function, shardings of the results and of the operands."""
+    mesh, rows, heads = _split_of(results[0], mesh, traced_mesh)
+    devices = math.prod(mesh.shape[axis] for axis in heads)
+    shared = any(_head_count(name, shape) % devices for name, shape in shapes.items() if _head_count(name, shape) > 1)
+    if shapes["g"][1] % devices or shared and traced_mesh.manual_axes:                     # a device of a part of a mesh knows no number of its own
+        heads, devices = (), 1
+    split = {"b": rows or None, "h": heads or None}
+
+    def put(pattern, rows=True, heads=True):
+        return NamedSharding(mesh, PartitionSpec(*({"b": rows, "h": heads}.get(letter, False) and split[letter] or None for letter in pattern.split())))
+
+    def one_device(*operands):
+        operands = [x if name not in ("q", "k", "v", "w") or x is None or shapes[name][2] % devices == 0 else
+                    _heads_of_device(x, shapes["g"][1] // devices, devices, lax.axis_index(heads)) for name, x in zip(_OPERANDS, operands)]
+        # the mesh at hand is not that of what a device has for itself
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            return local(*operands)
+            return _on_platform(op, *operands)
 
-    def partition(mesh, arguments, results):
-        b, _, h, _ = (*results[0].sharding.spec, *(None,) * 4)[:4]
-        if h is not None and few > 1 and few % math.prod(mesh.shape[axis] for axis in np.atleast_1d(h)):
-            h = None                                             # devices that would share a key head gather them all
-        put = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
-        by = [put(b, None, h if x.shape[2] > 1 else None) for x in (q, k, v)] + [put(b if g.shape[0] == B else None, h)]
-        if s0 is not None:
-            by += [put(b, None, h)]
-        if cu is not None:
-            by += [put(b if cu.shape[0] == B else None)]
-        if w is not None:
-            by += [put(b, None, h if w.shape[2] > 1 else None)]
-        return mesh, one_device, (put(b, None, h),) * len(results), tuple(by)
+    return (mesh, one_device, tuple(None if x is None else put(pattern) for x, pattern in zip(results, _RESULTS.values())),
+            tuple(put(pattern, shapes[name][0] == shapes["q"][0], _head_count(name, shapes[name]) % devices == 0) if name in shapes else None
+                  for name, pattern in _OPERANDS.items()))
 
-    heads = lambda x: "f" if x == few else f"h{x}" if x != H else "r" if few == 1 else "(f r)"
-    row = lambda x, own: "b" if x.shape[0] == B else own
-    rule = [f"b t {heads(q.shape[2])} k", f"b t {heads(k.shape[2])} k", f"b t {heads(v.shape[2])} v", f"{row(g, 'g')} {heads(H)}"]
-    if s0 is not None:
-        rule += [f"b n {heads(H)} k v"]
-    if cu is not None:
-        rule += [f"{row(cu, 'c')} m"]
-    if w is not None:
-        rule += [f"b t {heads(w.shape[2])} v"]
-    rule = ", ".join(rule) + f" -> b {'u' if op.only_state else 't'} {heads(H)} v, b n {heads(H)} k v"
-    rule += "" if w is None else f", b t {heads(H)} k"
-    call = custom_partitioning(local)
-    together = tuple(x for x in "tkvnmu" if f" {x}" in rule)
-    call.def_partition(partition, sharding_rule=rule, need_replication_factors=together, **({"r": H // few} if 1 < few < H else {}))
-    return call(*(x for x in operands if x is not None))
+
+def _split_of(x, mesh, traced_mesh):
+    """The mesh, and the axes of it over which the rows and heads of a result `x` are split."""
+    if isinstance(x.sharding, NamedSharding):
+        rows, _, heads, *_ = *x.sharding.spec, *(None,) * 4
+        axes = lambda entry: () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        return x.sharding.mesh, axes(rows), axes(heads)
+    # The compiler named no mesh: its devices are those of the mesh of the call, less the axes that a shard_map around the call took.
+    # The same sharding is looked for among all that split rows and heads over them.
+    free = [axis for axis in traced_mesh.axis_names if axis not in traced_mesh.manual_axes]
+    sizes = [traced_mesh.shape[axis] for axis in free]
+    mesh = jax.sharding.Mesh(np.array([*x.sharding.device_set][:math.prod(sizes)]).reshape(sizes), free)
+    wanted = x.sharding._to_xla_hlo_sharding(len(x.shape))
+    for count in range(len(free) + 1):
+        for axes in itertools.permutations(free, count):
+            for cut in range(count + 1):
+                rows, heads = axes[:cut], axes[cut:]
+                if NamedSharding(mesh, PartitionSpec(rows or None, None, heads or None))._to_xla_hlo_sharding(len(x.shape)) == wanted:
+                    return mesh, rows, heads
+    return mesh, (), ()
+
+
+def _heads_of_device(x, heads, devices, device):
+    """The heads of x [B, T, heads of x, D] that the `heads` heads of a device read: one, or one for each."""
+    group = heads * devices // x.shape[2]
+    if group % heads == 0:
+        return lax.dynamic_slice_in_dim(x, device * heads // group, 1, axis=2)
+    return jnp.take(x, (device * heads + jnp.arange(heads)) // group, axis=2)
 
 
 def _on_platform(op, *operands):
     """Triton or plain JAX, chosen when the computation is lowered unless `op.backend` names one."""
+    q, k, v, g, s0, cu, w = operands
+    if not (q.size and k.size and v.size):                       # no tokens, or no batch: nothing to launch
+        return _vary(_scan_nothing(op, *operands), operands)
+
     def on(scan):
         def run(*operands):
             return _vary(scan(op, *operands), operands)
@@ -520,6 +592,14 @@ def _on_platform(op, *operands):
     if op.backend is None:
         return lax.platform_dependent(*operands, cuda=kernels, rocm=kernels, default=plain)
     return (kernels if op.backend == "triton" else plain)(*operands)
+
+
+def _scan_nothing(op, q, k, v, g, s0, cu, w):
+    """The scan of no tokens, or of no batch rows."""
+    (B, T, _, K), H, V, n = q.shape, g.shape[1], v.shape[3], 1 if cu is None else cu.shape[1] - 1
+    s = jnp.zeros((B, n, H, K, V), g.dtype) if s0 is None else s0
+    return (jnp.zeros((B, 0 if op.only_state else T, H, V), v.dtype), s if op.final_state else None,
+            None if w is None else jnp.zeros((B, T, H, K), v.dtype))
 
 
 # Where sequences begin and end --------------------------------------------------------------------------------------------------
@@ -627,7 +707,8 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
     s0 = jnp.zeros((B, n, H, K, V), wide) if s0 is None else s0
     table = _tables(T, cu, C, op.reverse)
     g, table = (x if x.shape[0] > 1 else x[0] for x in (g, table))
-    return jax.vmap(row, (0, 0, 0, 0 if g.ndim > 1 else None, 0, 0 if table.ndim > 2 else None))(q, k, v, g, s0, table)
+    o, s = jax.vmap(row, (0, 0, 0, 0 if g.ndim > 1 else None, 0, 0 if table.ndim > 2 else None))(q, k, v, g, s0, table)
+    return o, s if op.final_state else None, None
 
 
 # The kernels --------------------------------------------------------------------------------------------------------------------
@@ -635,8 +716,13 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
 # They hold S^T, [V, K]: o^T = S^T q^T then takes it from the registers that it is summed in, and of all that is multiplied in a
 # chunk only the [C, C] scores pass through shared memory. z, which no one else reads, is kept as [V, K] too.
 #
-# One binary serves scans in all directions: they are an argument, `way`, of 2 if reverse, 4 if post, 8 if z lies as [K, V], and 16 for each
-# part of the keys before this one. It is never 1, because jax-triton compiles in what is 1 (as an integer: hence `scale * 1.0`).
+# One binary serves scans in all directions. Flags are the bits of an argument, `way`: 2 if reverse, 4 if post, 8 if z lies as [K, V],
+# 16 if the final state is wanted. Bit 1 stays 0, because jax-triton compiles in an argument that is 1 (as an integer: hence `scale * 1.0`).
+#
+# Head dims above 128 are scanned in parts of the keys, one after another: the scan is linear in them, and each part adds to the outputs.
+# A program rereads only outputs that its own threads wrote, so no launch depends on what XLA does with the memory between launches.
+# An array that a launch may change in place (`_launch`) is passed twice, as an input and as an output: a kernel is right where they are
+# one array, and where they are two.
 
 _kernel, _gluon = (triton.jit, gluon.jit) if triton else (lambda f: f,) * 2
 
@@ -727,8 +813,9 @@ def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE
 
 
 @_kernel
-def _link_kernel(z, g, table, L, H, R, TABLE_STRIDE, G_STRIDE, Z, M: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, PACKED: tl.constexpr):
-    """Makes z of the last piece of each segment the state that the next one starts from: along a sequence,
+def _link_kernel(z, g, table, linked, L, H, R, TABLE_STRIDE, G_STRIDE, Z, M: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+                 PACKED: tl.constexpr):
+    """linked, at the last piece of each segment, is the state that the next segment starts from: along a sequence,
     S' = e^{gLM} S + sum_j e^{gL(M-1-j)} z_j over the M pieces of a segment; BE of the E numbers of a state."""
     NE: tl.constexpr = (E + BE - 1) // BE
     i = tl.program_id(0)
@@ -740,29 +827,30 @@ def _link_kernel(z, g, table, L, H, R, TABLE_STRIDE, G_STRIDE, Z, M: tl.constexp
         row = table + b * TABLE_STRIDE + r * 7
         segments = tl.where((tl.load(row + 1) < 0) | (tl.load(row + 4) > 0), 0, (tl.load(row + 5) + 1) // M)
     gL = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32) * L
-    if gL <= -150.0:                                             # every z is that already
-        return
+    if (gL <= -150.0) & (z.to(tl.int64, bitcast=True) == linked.to(tl.int64, bitcast=True)):
+        return                                                   # every z is that already
     j, e = tl.arange(0, M)[:, None], i_e * BE + tl.arange(0, BE)
-    z += ((b * Z + r) * H + h) * E
+    offset = ((b * Z + r) * H + h) * E
     stride = tl.full([], H * E, tl.int64)
     S = tl.full([BE], 0.0, tl.float32)
     for c in tl.range(0, segments, num_stages=3):                # (reads ahead of what it writes)
-        zs = tl.load(z + j * stride + e[None, :], mask=(e[None, :] < E) & (gL * (M - 1 - j) > -150.0), other=0.0)
-        z += (M - 1) * stride
+        zs = tl.load(z + offset + j * stride + e[None, :], mask=(e[None, :] < E) & (gL * (M - 1 - j) > -150.0), other=0.0)
+        offset += (M - 1) * stride
         S = S * tl.exp2(gL * M) + tl.sum(zs * tl.exp2(gL * (M - 1 - j)), 0)
-        tl.store(z + e, S, mask=e < E)
-        z += stride
+        tl.store(linked + offset + e, S, mask=e < E)
+        offset += stride
 
 
 @_kernel
-def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, M, Z, scale, way,
+def _scan_kernel(q, k, v, g, s0, z, table, s, o, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, M, Z, scale, way,
                  K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-                 PACKED: tl.constexpr, HAS_S0: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr):
+                 PACKED: tl.constexpr, HAS_S0: tl.constexpr, PRECISION: tl.constexpr):
     """o_i = scale (e^{g(i+1)} q_i S + sum_{j<=i} e^{g(i-j)} (q_i.k_j) v_j), S' = e^{gm} S + sum_j e^{g(m-1-j)} k_j v_j^T, chunk
-    by chunk over one segment, for one head, BV of the V columns and BK of the K that are summed over (ADD: to what is in o).
+    by chunk over one segment, for one head, BV of the V columns, and BK of the K that are summed over after another.
     i, j in scan order, m tokens in the chunk (post: e^{gi} q_i S and e^{g(m-j)} k_j v_j^T, and the scale is of what enters S).
 
     What lies outside of the segment reads as 0 and is not written, whatever the table says of it."""
+    NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     reverse, post = way // 2 % 2, way // 4 % 2
     turn = 1 - 2 * reverse
@@ -775,39 +863,40 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, T
     k += (start * HK + h // (H // HK)) * K
     v += (start * HV + h // (H // HV)) * V
     o += (start * H + h) * V
-
-    column_k = way // 16 * BK
-    ck, cv = column_k + tl.arange(0, BK)[None, :], i_v * BV + tl.arange(0, BV)[:, None]
-    inside = (ck < K) & (cv < V)
-    state = ck * V + cv
     s0 += ((b * n + sequence) * H + h) * K * V
     s += ((b * n + sequence) * H + h) * K * V
     z += ((b * Z + slot * M - 1) * H + h) * K * V
-    S = _enter(tl.full([BV, BK], 0.0, tl.float32), z, s0, cv * K + ck, state, inside, place, sequence, way // 8 % 2, gm * L, HAS_S0)
 
     rank = (C - 1) * reverse + turn * tl.arange(0, C)
     far = rank[None, :] - rank[:, None]                          # [j, i]
     scale_q, scale_k = 1.0 if post > 0 else scale * 1.0, scale * 1.0 if post > 0 else 1.0
     D = tl.where(far >= 0, tl.exp2(gm * tl.maximum(far, 0)) * scale, 0.0)
     dq = tl.exp2(gm * (rank + 1 - post)) * scale_q
-    for c in range((tokens + C - 1) // C):
-        m = tl.minimum(tokens - c * C, C)
-        t = (tokens - C) * reverse + turn * C * c
-        qs, ks = _load(q, t, read, HQ * K, column_k, C, K, BK), _load(k, t, read, HK * K, column_k, C, K, BK)
-        vs = _load(v, t, read, HV * V, i_v * BV, C, V, BV)
-        P = tl.dot(ks, tl.trans(qs), input_precision=PRECISION) * D
-        O = tl.dot(S.to(qs.dtype), tl.trans(qs), input_precision=PRECISION) * dq[None, :]
-        O = tl.dot(tl.trans(vs), P.to(vs.dtype), O, input_precision=PRECISION)
-        row, col = tl.arange(0, C)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
-        O, to, mine = tl.trans(O), o + t.to(tl.int64) * (H * V) + row * (H * V) + col, (t + row >= 0) & (t + row < tokens) & (col < V)
-        if ADD:
-            O += tl.load(to, mask=mine, other=0.0).to(tl.float32)
-        tl.store(to, O.to(vs.dtype), mask=mine)
-        dk = tl.exp2(gm * tl.maximum(m - 1 - rank + post, 0)) * scale_k
-        S = tl.dot(tl.trans((vs * dk[:, None]).to(vs.dtype)), ks, S * tl.exp2(gm * m), input_precision=PRECISION)
-    if after == 0:
-        if sequence >= 0:
-            tl.store(s + state, S, mask=inside)
+    row, col = tl.arange(0, C)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
+    for part in range(NK):
+        ck, cv = part * BK + tl.arange(0, BK)[None, :], i_v * BV + tl.arange(0, BV)[:, None]
+        inside = (ck < K) & (cv < V)
+        state = ck * V + cv
+        S = _enter(tl.full([BV, BK], 0.0, tl.float32), z, s0, cv * K + ck, state, inside, place, sequence, way // 8 % 2, gm * L, HAS_S0)
+        for c in range((tokens + C - 1) // C):
+            m = tl.minimum(tokens - c * C, C)
+            t = (tokens - C) * reverse + turn * C * c
+            qs, ks = _load(q, t, read, HQ * K, part * BK, C, K, BK), _load(k, t, read, HK * K, part * BK, C, K, BK)
+            vs = _load(v, t, read, HV * V, i_v * BV, C, V, BV)
+            P = tl.dot(ks, tl.trans(qs), input_precision=PRECISION) * D
+            O = tl.dot(S.to(qs.dtype), tl.trans(qs), input_precision=PRECISION) * dq[None, :]
+            O = tl.dot(tl.trans(vs), P.to(vs.dtype), O, input_precision=PRECISION)
+            O, to, mine = tl.trans(O), o + t.to(tl.int64) * (H * V) + row * (H * V) + col, (t + row >= 0) & (t + row < tokens) & (col < V)
+            if NK > 1:
+                O += tl.load(to, mask=mine & (part > 0), other=0.0).to(tl.float32)
+            tl.store(to, O.to(vs.dtype), mask=mine)
+            dk = tl.exp2(gm * tl.maximum(m - 1 - rank + post, 0)) * scale_k
+            S = tl.dot(tl.trans((vs * dk[:, None]).to(vs.dtype)), ks, S * tl.exp2(gm * m), input_precision=PRECISION)
+        if (after == 0) & (way // 16 % 2 > 0):
+            if sequence >= 0:
+                tl.store(s + state, S, mask=inside)
+        if NK > 1:
+            tl.debug_barrier()                                   # threads reread outputs that others of the program wrote
 
 
 # The same scan for 16-bit operands on Hopper, in Gluon, because Triton waits for each product and for each copy through shared
@@ -877,7 +966,7 @@ def _read(x, t, read, stride, column, D: gl.constexpr, C: gl.constexpr, BD: gl.c
 
 @_gluon
 def _put(o, os, O, old, t, tokens, stride, column, D: gl.constexpr, W: gl.constexpr, ADD: gl.constexpr):
-    """Stores O^T, plus what was there if ADD."""
+    """Stores O^T, plus `old` if ADD."""
     at, inside = _rows(o, t, tokens, stride, column, D, os.shape[0], os.shape[1], W)
     os.permute((1, 0)).store(O.to(os.dtype))
     out = os.load(gl.BlockedLayout([1, 8], [256 // os.shape[1], os.shape[1] // 8], [W, 1], [1, 0]))
@@ -887,15 +976,16 @@ def _put(o, os, O, old, t, tokens, stride, column, D: gl.constexpr, W: gl.conste
 
 
 @_gluon
-def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, o, s, y, B, T, L, H, R, n, HQ, HK, HV, HW, TABLE_STRIDE, G_STRIDE, M, Z,
+def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, s, o, y, B, T, L, H, R, n, HQ, HK, HV, HW, TABLE_STRIDE, G_STRIDE, M, Z,
                    scale, way, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
-                   STAGES: gl.constexpr, PACKED: gl.constexpr, HAS_S0: gl.constexpr, ADD: gl.constexpr, BOTH: gl.constexpr):
+                   STAGES: gl.constexpr, PACKED: gl.constexpr, HAS_S0: gl.constexpr, BOTH: gl.constexpr):
     """`_scan_kernel`, line by line; qd, kd, vd, wd describe q, k, v, w as [B T, heads, head dim]. BOTH: also y_i = scale S_i w_i, the same
     for S transposed, where k and v change places; for a square tile that is all of K and V."""
     W: gl.constexpr = BV // 16                                   # warps
     LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BK, 16])              # S^T [BV, BK]
     LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, C, 16])               # o^T [BV, C], y^T
     LP: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, 4 * C // W, 16])  # scores [j, i]
+    NK: gl.constexpr = (K + BK - 1) // BK
     NV: gl.constexpr = (V + BV - 1) // BV
     reverse, post = way // 2 % 2, way // 4 % 2
     turn = 1 - 2 * reverse
@@ -905,7 +995,7 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, o, s, y, B, T, L
         return
     gm = (gl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(gl.float32)
     start = b * T + first
-    hq, hk, hv, hw, column_k, column_v = h // (H // HQ), h // (H // HK), h // (H // HV), h // (H // HW), way // 16 * BK, i_v * BV
+    hq, hk, hv, hw, column_v = h // (H // HQ), h // (H // HK), h // (H // HV), h // (H // HW), i_v * BV
     q += (start * HQ + hq) * K
     k += (start * HK + hk) * K
     v += (start * HV + hv) * V
@@ -914,95 +1004,104 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, o, s, y, B, T, L
         w += (start * HW + hw) * V
         y += (start * H + h) * K
 
-    ck = column_k + gl.arange(0, BK, gl.SliceLayout(0, LS))[None, :]
-    cv = column_v + gl.arange(0, BV, gl.SliceLayout(1, LS))[:, None]
-    inside = (ck < K) & (cv < V)
-    state = ck * V + cv
     s0 += ((b * n + sequence) * H + h) * K * V
     s += ((b * n + sequence) * H + h) * K * V
     z += ((b * Z + slot * M - 1) * H + h) * K * V
-    S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LS), z, s0, cv * K + ck, state, inside, place, sequence, way // 8 % 2, gm * L, HAS_S0)
 
     dtype: gl.constexpr = qd.dtype
     flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    qb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], qd.layout)
-    kb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], kd.layout)
-    vb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BV], vd.layout)
-    ps = gl.allocate_shared_memory(dtype, [C, C], flat)
-    os = gl.allocate_shared_memory(dtype, [C, BV], flat)
-    wb, sb, pw, ys = vb, ps, ps, os
-    if BOTH:
-        wb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BV], wd.layout)
-        sb = gl.allocate_shared_memory(dtype, [BV, BK], flat)
-        pw = gl.allocate_shared_memory(dtype, [C, C], flat)
-        ys = gl.allocate_shared_memory(dtype, [C, BK], flat)
-    full = hopper.mbarrier.allocate_mbarrier(batch=STAGES)
-    for c in gl.static_range(STAGES):
-        hopper.mbarrier.init(full.index(c), count=1)
-    hopper.fence_async_shared()
-    gl.barrier()
-    whole = read // C
-    t = (tokens - C) * reverse                                   # where the first chunk is, and how far it is to the next one
-    forth = turn * C
-    row = start.to(gl.int32) + t
-    for c in range(gl.minimum(whole, STAGES)):
-        _fetch(qd, kd, vd, wd, full.index(c), qb.index(c), kb.index(c), vb.index(c), wb.index(c), row + c * forth, hq, hk, hv, hw,
-               column_k, column_v, BOTH)
+    for part in range(NK):
+        column_k = part * BK
+        ck = column_k + gl.arange(0, BK, gl.SliceLayout(0, LS))[None, :]
+        cv = column_v + gl.arange(0, BV, gl.SliceLayout(1, LS))[:, None]
+        inside = (ck < K) & (cv < V)
+        state = ck * V + cv
+        S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LS), z, s0, cv * K + ck, state, inside, place, sequence, way // 8 % 2, gm * L,
+                         HAS_S0)
 
-    scale_q, scale_k = 1.0 if post > 0 else scale * 1.0, scale * 1.0 if post > 0 else 1.0
-    far = turn * (gl.arange(0, C, gl.SliceLayout(0, LP))[None, :] - gl.arange(0, C, gl.SliceLayout(1, LP))[:, None])       # [j, i]
-    rank_q = (C - 1) * reverse + turn * gl.arange(0, C, gl.SliceLayout(0, LO))
-    rank_k = (C - 1) * reverse + turn * gl.arange(0, C, gl.SliceLayout(0, gl.DotOperandLayout(0, LS, 2)))
-    D = gl.where(far >= 0, gl.exp2(gm * gl.maximum(far, 0)) * scale, 0.0)
-    dq = gl.exp2(gm * (rank_q + 1 - post)) * scale_q
-    dk = gl.exp2(gm * (C - 1 - rank_k + post)) * scale_k
-    dS = gl.exp2(gm * C)
-    c, stage, phase = 0, 0, 0
-    while c < (tokens + C - 1) // C:                             # (of a `for`, Triton's pipeliner waits for each product)
-        qs, ks = qb.index(stage).reshape([C, BK]), kb.index(stage).reshape([C, BK])
-        vs, ws = vb.index(stage).reshape([C, BV]), wb.index(stage).reshape([C, BV])
-        if c < whole:
-            hopper.mbarrier.wait(full.index(stage), phase)
-        else:                                                    # the ragged end of a sequence; padding, for which zeros are stored
-            qs.store(_read(q, t, read, HQ * K, column_k, K, C, BK, W))
-            ks.store(_read(k, t, read, HK * K, column_k, K, C, BK, W))
-            vs.store(_read(v, t, read, HV * V, column_v, V, C, BV, W))
-            if BOTH:
-                ws.store(_read(w, t, read, HW * V, column_v, V, C, BV, W))
-            m = gl.minimum(tokens - c * C, C)
-            dk = gl.exp2(gm * gl.maximum(m - 1 - rank_k + post, 0)) * scale_k
-            dS = gl.exp2(gm * m)
+        # in the loop, because states pass through the same memory before and after
+        qb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], qd.layout)
+        kb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], kd.layout)
+        vb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BV], vd.layout)
+        ps = gl.allocate_shared_memory(dtype, [C, C], flat)
+        os = gl.allocate_shared_memory(dtype, [C, BV], flat)
+        wb, sb, pw, ys = vb, ps, ps, os
         if BOTH:
-            sb.store(S.to(dtype))
+            wb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BV], wd.layout)
+            sb = gl.allocate_shared_memory(dtype, [BV, BK], flat)
+            pw = gl.allocate_shared_memory(dtype, [C, C], flat)
+            ys = gl.allocate_shared_memory(dtype, [C, BK], flat)
+        full = hopper.mbarrier.allocate_mbarrier(batch=STAGES)
+        for i in gl.static_range(STAGES):
+            hopper.mbarrier.init(full.index(i), count=1)
         hopper.fence_async_shared()
-        gl.barrier()                                             # every warp is past the chunk before
-        if (c > 0) & (c - 1 + STAGES < whole):
-            free = (stage + STAGES - 1) % STAGES
-            _fetch(qd, kd, vd, wd, full.index(free), qb.index(free), kb.index(free), vb.index(free), wb.index(free),
-                   row + (c - 1 + STAGES) * forth, hq, hk, hv, hw, column_k, column_v, BOTH)
-        old = S
-        if ADD:
-            old = _read(o, t, tokens, H * V, column_v, V, C, BV, W)
-        O, vt, Y, S, vw = _multiply(qs, ks, vs, ws, sb, ps, pw, S, D, dq, dk, dS, LO, LP, BOTH)
-        O, vt = hopper.warpgroup_mma_wait(1 + BOTH, [O, vt])
-        _put(o, os, O, old, t, tokens, H * V, column_v, V, W, ADD)
-        if BOTH:
-            Y = hopper.warpgroup_mma_wait(1, [Y])
-            _put(y, ys, Y, old, t, tokens, H * K, 0, K, W, False)
-        S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
-        t += forth
-        c += 1
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase ^= 1
-    if after == 0:
-        if sequence >= 0:
-            gl.store(s + state, S, mask=inside)
+        gl.barrier()
+        whole = read // C
+        t = (tokens - C) * reverse                               # where the first chunk is, and how far it is to the next one
+        forth = turn * C
+        row = start.to(gl.int32) + t
+        for i in range(gl.minimum(whole, STAGES)):
+            _fetch(qd, kd, vd, wd, full.index(i), qb.index(i), kb.index(i), vb.index(i), wb.index(i), row + i * forth, hq, hk, hv, hw,
+                   column_k, column_v, BOTH)
+
+        scale_q, scale_k = 1.0 if post > 0 else scale * 1.0, scale * 1.0 if post > 0 else 1.0
+        far = turn * (gl.arange(0, C, gl.SliceLayout(0, LP))[None, :] - gl.arange(0, C, gl.SliceLayout(1, LP))[:, None])   # [j, i]
+        rank_q = (C - 1) * reverse + turn * gl.arange(0, C, gl.SliceLayout(0, LO))
+        rank_k = (C - 1) * reverse + turn * gl.arange(0, C, gl.SliceLayout(0, gl.DotOperandLayout(0, LS, 2)))
+        D = gl.where(far >= 0, gl.exp2(gm * gl.maximum(far, 0)) * scale, 0.0)
+        dq = gl.exp2(gm * (rank_q + 1 - post)) * scale_q
+        dk = gl.exp2(gm * (C - 1 - rank_k + post)) * scale_k
+        dS = gl.exp2(gm * C)
+        c, stage, phase = 0, 0, 0
+        while c < (tokens + C - 1) // C:                         # (of a `for`, Triton's pipeliner waits for each product)
+            qs, ks = qb.index(stage).reshape([C, BK]), kb.index(stage).reshape([C, BK])
+            vs, ws = vb.index(stage).reshape([C, BV]), wb.index(stage).reshape([C, BV])
+            if c < whole:
+                hopper.mbarrier.wait(full.index(stage), phase)
+            else:                                                # the ragged end of a sequence; padding, for which zeros are stored
+                qs.store(_read(q, t, read, HQ * K, column_k, K, C, BK, W))
+                ks.store(_read(k, t, read, HK * K, column_k, K, C, BK, W))
+                vs.store(_read(v, t, read, HV * V, column_v, V, C, BV, W))
+                if BOTH:
+                    ws.store(_read(w, t, read, HW * V, column_v, V, C, BV, W))
+                m = gl.minimum(tokens - c * C, C)
+                dk = gl.exp2(gm * gl.maximum(m - 1 - rank_k + post, 0)) * scale_k
+                dS = gl.exp2(gm * m)
+            if BOTH:
+                sb.store(S.to(dtype))
+            hopper.fence_async_shared()
+            gl.barrier()                                         # every warp is past the chunk before
+            if (c > 0) & (c - 1 + STAGES < whole):
+                free = (stage + STAGES - 1) % STAGES
+                _fetch(qd, kd, vd, wd, full.index(free), qb.index(free), kb.index(free), vb.index(free), wb.index(free),
+                       row + (c - 1 + STAGES) * forth, hq, hk, hv, hw, column_k, column_v, BOTH)
+            old = S
+            if NK > 1:
+                old = _read(o, t, tokens * gl.minimum(part, 1), H * V, column_v, V, C, BV, W)
+            O, vt, Y, S, vw = _multiply(qs, ks, vs, ws, sb, ps, pw, S, D, dq, dk, dS, LO, LP, BOTH)
+            O, vt = hopper.warpgroup_mma_wait(1 + BOTH, [O, vt])
+            _put(o, os, O, old, t, tokens, H * V, column_v, V, W, NK > 1)
+            if BOTH:
+                Y = hopper.warpgroup_mma_wait(1, [Y])
+                _put(y, ys, Y, old, t, tokens, H * K, 0, K, W, False)
+            S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
+            t += forth
+            c += 1
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        if (after == 0) & (way // 16 % 2 > 0):
+            if sequence >= 0:
+                gl.store(s + state, S, mask=inside)
+        if NK > 1:
+            gl.barrier()                                         # every warp is past the part: its outputs are read again
+            for i in gl.static_range(STAGES):
+                hopper.mbarrier.invalidate(full.index(i))
 
 
 @_kernel
-def _step_kernel(q, k, v, g, s0, o, s, H, HQ, HK, HV, G_STRIDE, scale, way, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+def _step_kernel(q, k, v, g, s0, s, o, H, HQ, HK, HV, G_STRIDE, scale, way, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
                  BV: tl.constexpr, HAS_S0: tl.constexpr):
     """`_scan_kernel` for sequences of one token: nothing to multiply as matrices, so the state passes through once, as it lies."""
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -1022,7 +1121,8 @@ def _step_kernel(q, k, v, g, s0, o, s, H, HQ, HK, HV, G_STRIDE, scale, way, K: t
     if HAS_S0:
         S += tl.load(s0 + at, mask=inside, other=0.0) * (1.0 if post > 0 else decay)
     tl.store(o + (b * H + h) * V + cv, (tl.sum(qs[:, None] * S, 0) * scale_q).to(o.dtype.element_ty), mask=cv < V)
-    tl.store(s + at, S * (decay if post > 0 else 1.0), mask=inside)
+    if way // 16 % 2 > 0:
+        tl.store(s + at, S * (decay if post > 0 else 1.0), mask=inside)
 
 
 # Their launch -------------------------------------------------------------------------------------------------------------------
@@ -1078,16 +1178,30 @@ def _gpu():
         return "sm_90", 132
 
 
-def _launch(kernel, *arrays, out, programs, **arguments):
-    return jax_triton.triton_call(*arrays, kernel=kernel, out_type=out, grid=(programs,),
-                                  backend_options={"enable_fp_fusion": True}, **arguments)
+def _launch(kernel, *arrays, out, programs, in_place=None, **arguments):
+    """Launches a kernel and returns its outputs, like `out`. `in_place` {input: output} are arrays that XLA may give the same memory."""
+    call = functools.partial(jax_triton.triton_call, kernel=kernel, out_type=out, grid=(programs,),
+                             backend_options={"enable_fp_fusion": True}, **arguments)
+    return _in_place(call, arrays, in_place) if in_place else call(*arrays)
+
+
+def _in_place(call, arrays, in_place):
+    # jax-triton would pass such an array once. That is wrong where XLA gives the output other memory after all: for a call in a loop whose
+    # output is stacked, it is a row of the stack. So the call is traced with separate outputs, and only its lowering learns of the sharing.
+    jaxpr, out = jax.make_jaxpr(call, return_shape=True)(*arrays)
+    eqn, = jaxpr.eqns
+    values = dict(zip(jaxpr.jaxpr.invars, arrays))
+    aliases = type(eqn.params["input_output_aliases"])(in_place)
+    return jax.tree.unflatten(jax.tree.structure(out), eqn.primitive.bind(*map(values.get, eqn.invars),
+                                                                          **eqn.params | dict(input_output_aliases=aliases)))
 
 
 def _arguments(op, k, v, g, cu, L, rows, M, pieces=0):
     """The table of work in so many rows of L tokens, which is g where it is not read, and arguments that kernels share."""
     T, H, packed = k.shape[1], g.shape[1], cu is not None
     return _tables(T, cu, L, op.reverse, pieces) if packed else g, dict(
-        T=T, L=L, H=H, R=rows, HK=k.shape[2], HV=v.shape[2], K=k.shape[3], V=v.shape[3], M=M, scale=op.scale, way=2 * op.reverse + 4 * op.post,
+        T=T, L=L, H=H, R=rows, HK=k.shape[2], HV=v.shape[2], K=k.shape[3], V=v.shape[3], M=M, scale=op.scale,
+        way=2 * op.reverse + 4 * op.post + 16 * op.final_state,
         TABLE_STRIDE=rows * 7 if packed and cu.shape[0] > 1 else 0, G_STRIDE=H if g.shape[0] > 1 else 0, PACKED=packed)
 
 
@@ -1098,14 +1212,24 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     arch, processors = _gpu()
     config = _config(arch, K, V, dtype, B, T)
     if w is not None and not (config.kernel is _hopper_kernel and max(K, V) <= config.BK == config.BV):
-        return *_scan_triton(op, q, k, v, g, s0, cu), _scan_triton(op, w, v, k, g, _transposed(s0), cu, swap=True)[0]
-    states_out = jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
+        transposed = dataclasses.replace(op, final_state=False)
+        return *_scan_triton(op, q, k, v, g, s0, cu)[:2], _scan_triton(transposed, w, v, k, g, _transposed(s0), cu, swap=True)[0]
+    # a final state that nobody reads is no output: the kernel gets an array that it does not touch
+    states = jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
+    unread, out = ([], [states]) if op.final_state else ([g], [])
+    out = [*out, jax.ShapeDtypeStruct((B, T, H, V), dtype)]
+
+    def results(s, o, y=None):
+        return o, s, y
+
     if T == 1 and cu is None and not op.only_state:
         BK, BV = _block(K), min(_block(V), max(16, 8192 // _block(K)))
         _, arguments = _arguments(op, k, v, g, cu, 1, 1, 1)
-        return _launch(_step_kernel, q, k, v, g, g if s0 is None else s0, out=(jax.ShapeDtypeStruct((B, T, H, V), dtype), states_out),
-                       programs=B * H * -(-V // BV), HQ=HQ, BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=4, num_stages=1,
-                       **{n: arguments[n] for n in ("H", "HK", "HV", "G_STRIDE", "scale", "way", "K", "V")})
+        in_place = {4: 0} if s0 is not None and op.final_state else None
+        out = _launch(_step_kernel, q, k, v, g, g if s0 is None else s0, *unread, out=out, in_place=in_place, programs=B * H * -(-V // BV), HQ=HQ,
+                      BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=4, num_stages=1,
+                      **{n: arguments[n] for n in ("H", "HK", "HV", "G_STRIDE", "scale", "way", "K", "V")})
+        return results(*[None] * len(unread), *out)
 
     C, BK, BV = config.C, config.BK, config.BV
     programs = B * H * -(-V // BV)
@@ -1132,17 +1256,16 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     if op.only_state:
         after = jnp.maximum(T - piece * (1 + jnp.arange(Z)), 0)  # tokens after each piece
         s = jnp.einsum("bzhvk,bhz->bhkv", z, jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, Z)), precision="highest")
-        return jnp.zeros((B, 0, H, V), dtype), s[:, None]
+        return jnp.zeros((B, 0, H, V), dtype), s[:, None], None
     if Z:
         BE, walks = min(512, _block(K * V)), 1 if cu is None else Z // M
-        ref = jax.new_ref(z)                                     # linked where it lies
-        _launch(_link_kernel, ref, g, table, out=(), programs=B * walks * H * -(-K * V // BE), R=walks, Z=Z, E=K * V, BE=BE, num_warps=4,
-                num_stages=1, **{n: arguments[n] for n in ("L", "H", "M", "TABLE_STRIDE", "G_STRIDE", "PACKED")})
-        z = ref[...]
+        z = _launch(_link_kernel, z, g, table, out=jax.ShapeDtypeStruct(z.shape, z.dtype), in_place={0: 0},
+                    programs=B * walks * H * -(-K * V // BE), R=walks, Z=Z, E=K * V, BE=BE, num_warps=4,
+                    num_stages=1, **{n: arguments[n] for n in ("L", "H", "M", "TABLE_STRIDE", "G_STRIDE", "PACKED")})
 
     R = -(-T // L) if cu is None else T // L + n + 2
     table, arguments = _arguments(op, k, v, g, cu, L, R, M)
-    arrays, out = (q, k, v, g, g if s0 is None else s0, z, table), [jax.ShapeDtypeStruct((B, T, H, V), dtype), states_out]
+    arrays = q, k, v, g, g if s0 is None else s0, z, table
     if config.kernel is _hopper_kernel:
         # made by the host, because those that a kernel makes need scratch memory, which a launch inside a CUDA graph does not get
         view = lambda x, D, BD: jax_triton.TensorDescriptor(x, (B * T, x.shape[2], D), (x.shape[2] * D, D, 1), (C, 1, BD),
@@ -1153,10 +1276,6 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
         kind = dict(HW=w.shape[2], STAGES=2 if both else config.num_stages, num_stages=1, BOTH=both, **({} if both else {"y": 0}))
     else:
         kind = dict(num_stages=config.num_stages, **precision)
-    for part in range(-(-K // BK)):                              # of the keys, in which the scan is linear: later ones add, in place
-        refs = [jax.new_ref(x) for x in out] if part else []
-        out = _launch(config.kernel, *arrays, *refs, out=[] if part else out, programs=programs * R, B=B, n=n, HQ=HQ, Z=Z, C=C, BK=BK, BV=BV,
-                      HAS_S0=s0 is not None, ADD=part > 0, num_warps=config.num_warps, **kind,
-                      **arguments | dict(way=arguments["way"] + 8 * swap + 16 * part))
-        out = [x[...] for x in refs] or out
-    return tuple(out)
+    out = _launch(config.kernel, *arrays, *unread, out=out, programs=programs * R, B=B, n=n, HQ=HQ, Z=Z, C=C, BK=BK, BV=BV,
+                  HAS_S0=s0 is not None, num_warps=config.num_warps, **kind, **arguments | dict(way=arguments["way"] + 8 * swap))
+    return results(*[None] * len(unread), *out)
