@@ -27,7 +27,8 @@ import dataclasses
 import functools
 import math
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +58,23 @@ if triton is not None and (jax.__version_info__ >= (0, 12) or not hasattr(hopper
 __all__ = ["lightning_attn", "lightning_attn_reference", "lightning_g_gamma"]
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _promotes(f: _F) -> _F:
+    """`f`, in which ranks and dtypes are promoted whatever jax_numpy_rank_promotion and
+    jax_numpy_dtype_promotion ask of the caller's code. JAX calls back the rules of a transformation
+    when the caller's settings hold again, so each rule that promotes is marked as well."""
+    @functools.wraps(f)
+    def promotes(*args, **kwargs):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return f(*args, **kwargs)
+    return cast(_F, promotes)
+
+
 # The API ------------------------------------------------------------------------------------------------------------------------
 
+@_promotes
 def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_scale=None, initial_state=None, reverse=False,
                    cu_seqlens=None, *, g_gamma=None, backend=None, seq_axis=None):
     """Lightning attention (arXiv:2307.14995, 2401.04658, 2501.08313): o_t = scale q_t S_t, S_t = e^g S_{t-1} + k_t v_t^T.
@@ -128,6 +144,7 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
     return o, s[:, 0] if cu is None else s[0]
 
 
+@_promotes
 def lightning_attn_reference(query, key, value, layer_idx=None, num_layers=None, softmax_scale=None, initial_state=None,
                              reverse=False, cu_seqlens=None, *, g_gamma=None):
     """The recurrence, token by token, nothing clever: arguments and results of `lightning_attn`, in plain JAX."""
@@ -152,16 +169,38 @@ def lightning_attn_reference(query, key, value, layer_idx=None, num_layers=None,
     return jnp.moveaxis(o, 0, 1).astype(q.dtype), s
 
 
-def lightning_g_gamma(num_heads, layer_idx, num_layers):
-    """Log decay per token in nats, [num_heads] float32: -(8 / num_heads) (1 - layer_idx / num_layers) head (arXiv:2307.14995)."""
-    return jnp.asarray((1 - layer_idx / num_layers) * (-8 / num_heads * np.arange(num_heads)), jnp.float32)
+@_promotes
+def lightning_g_gamma(num_heads, layer_idx, num_layers, dtype=jnp.float32):
+    """Log decay per token in nats, [num_heads]: -(8 / num_heads) (1 - layer_idx / num_layers) head.
+
+    The formula is that of arXiv:2307.14995. `layer_idx` and `num_layers` are integers, possibly
+    traced. They are checked as `lightning_attn` checks them.
+    """
+    layer_idx, num_layers = _layer(layer_idx, num_layers)
+    slopes = -8 / num_heads * np.arange(num_heads)
+    if isinstance(layer_idx, int) and isinstance(num_layers, int):
+        return jnp.asarray((1 - layer_idx / num_layers) * slopes, dtype)
+    layer_idx, num_layers = (jnp.asarray(x).astype(dtype) for x in (layer_idx, num_layers))
+    return (1 - layer_idx / num_layers) * jnp.asarray(slopes, dtype)
 
 
 # Its checks ---------------------------------------------------------------------------------------------------------------------
+#
+# Messages are "argument: expected ..., got ...". A check of values must not wait for a device while
+# something is traced: it looks only at values that are at hand.
 
 def _known(x):
-    """`x` as numpy where its values are known now, None where they are traced."""
-    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+    """`x` as numpy where its values are at hand, else None.
+
+    They are not where `x` is traced, where some of it lies on other hosts, and where `x` lies on a
+    device while something else is traced.
+    """
+    if not isinstance(x, jax.Array):
+        return np.asarray(x)
+    if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
+        return None
+    # An operation on a concrete array gives a tracer where a jit is being traced.
+    return None if isinstance(lax.neg(x), jax.core.Tracer) else jax.device_get(x)
 
 
 def _array(name, x, shape, dtype_kind):
@@ -175,14 +214,97 @@ def _array(name, x, shape, dtype_kind):
     return jnp.asarray(x)
 
 
+def _is_number(x, kind):
+    """Whether `x` is a Python, numpy or JAX number (or an array of them) of that kind."""
+    if isinstance(x, (jax.Array, np.ndarray, np.generic)):
+        return jnp.issubdtype(x.dtype, kind)
+    return type(x) is int or type(x) is float and kind is not jnp.integer
+
+
 def _integer(name, x):
-    """A scalar integer argument, and its value where that is known."""
-    if isinstance(x, bool) or not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+    """A scalar integer argument: as an int where its value is at hand."""
+    if isinstance(x, (jax.Array, np.ndarray)) and x.shape != ():
+        raise ValueError(f"{name}: expected a scalar, got shape {x.shape}")
+    if not _is_number(x, jnp.integer):
         raise TypeError(f"{name}: expected an integer, got {x!r}")
-    if jnp.shape(x) != ():
-        raise ValueError(f"{name}: expected a scalar, got shape {jnp.shape(x)}")
+    if type(x) is int:                                           # of any size
+        return x
     value = _known(x)
-    return x, None if value is None else int(value)
+    return x if value is None else int(value)
+
+
+def _layer(layer_idx, num_layers):
+    """`layer_idx` and `num_layers`, checked: as ints where their values are at hand."""
+    if isinstance(layer_idx, (jax.Array, np.ndarray)) and jnp.issubdtype(layer_idx.dtype, jnp.floating) and layer_idx.ndim:
+        raise TypeError(f"layer_idx: expected an integer, got an array of {layer_idx.dtype} and shape {layer_idx.shape}: "
+                        "log decays are given by name, as g_gamma=")
+    for name, x in ("layer_idx", layer_idx), ("num_layers", num_layers):
+        if x is None:
+            raise ValueError(f"{name}: expected both layer_idx and num_layers where g_gamma is not given, got None")
+    layer_idx, num_layers = _integer("layer_idx", layer_idx), _integer("num_layers", num_layers)
+    known = type(num_layers) is int
+    if known and not 1 <= num_layers < 2**31:
+        raise ValueError(f"num_layers: expected at least 1 and less than 2**31, got {num_layers}")
+    if type(layer_idx) is int and not 0 <= layer_idx < (num_layers if known else 2**31):
+        raise ValueError(f"layer_idx: expected 0 to num_layers - 1, got {layer_idx} of {num_layers if known else 'traced'}")
+    return layer_idx, num_layers
+
+
+def _scale(scale, K):
+    """The scale as a float, or as the scalar array that came where its value is not at hand."""
+    if scale is None:
+        return K**-0.5
+    if isinstance(scale, (jax.Array, np.ndarray)) and scale.shape != ():
+        raise ValueError(f"softmax_scale: expected a scalar, got shape {scale.shape}")
+    if not (_is_number(scale, jnp.floating) or _is_number(scale, jnp.integer)):
+        raise TypeError(f"softmax_scale: expected a real number, got {scale!r}")
+    if isinstance(scale, int):                                   # of any size: too large ones are infinite
+        return _scale(float(scale) if abs(scale) < 2**200 else math.inf, K)
+    if (value := _known(scale)) is None:
+        return scale
+    value, normal = float(value), jnp.finfo(jnp.float32)
+    # Kernels compute with it as a float32, and some flush what is not a normal number.
+    if not (value == 0 or float(normal.tiny) <= abs(value) <= float(normal.max)):
+        raise ValueError(f"softmax_scale: expected 0 or a normal number of float32, got {value!r}")
+    return value
+
+
+def _boundaries(cu, B, T):
+    """`cu_seqlens` as int32, checked where its values are at hand."""
+    if isinstance(cu, (list, tuple)):
+        if any(isinstance(x, jax.core.Tracer) for x in cu):
+            raise TypeError("cu_seqlens: expected an array or a list of numbers, got a list with a traced value: "
+                            "write jnp.array([...]) or jnp.stack([...])")
+        if not all(_is_number(x, jnp.integer) and np.shape(x) == () and (type(x) is not int or abs(x) < 2**63) for x in cu):
+            raise TypeError(f"cu_seqlens: expected integers, got {cu!r}")
+        cu = np.array([int(x) for x in cu], np.int64)
+    # Its values are read before they become int32, which would wrap large ones.
+    array = _array("cu_seqlens", cu, ("num_seqs + 1",), jnp.integer)
+    if B != 1:
+        raise ValueError(f"cu_seqlens: expected a batch of 1 to hold the packed sequences, got {B}")
+    if array.shape[0] < 2:
+        raise ValueError(f"cu_seqlens: expected at least 2 boundaries, got {array.shape[0]}")
+    if (value := _known(cu)) is not None:
+        value = [int(x) for x in value]
+        if value[0] != 0:
+            lengths = min(value) >= 0 and sum(value) == T
+            hint = ". These look like lengths: it takes boundaries, not lengths" if lengths else ""
+            raise ValueError(f"cu_seqlens: expected to start at 0, got {value[0]} in {np.asarray(value)}{hint}")
+        if any(a > b for a, b in zip(value, value[1:])):
+            raise ValueError(f"cu_seqlens: expected boundaries that do not decrease, got {np.asarray(value)}")
+        if value[-1] > T:
+            raise ValueError(f"cu_seqlens: expected boundaries up to seq_len, {T}, got {value[-1]}")
+        return array.astype(jnp.int32)
+    # Traced values past the end stay past the end as int32, and negative ones negative.
+    if jnp.iinfo(array.dtype).max > 2**31 - 1:
+        low, high = max(jnp.iinfo(array.dtype).min, -1), 2**31 - 1
+        array = jnp.clip(array, jnp.asarray(low, array.dtype), jnp.asarray(high, array.dtype))
+    return array.astype(jnp.int32)
+
+
+def _hint(axes, T, H, heads):
+    """What to add to a message where an argument has so many heads: the axes of [B, H, T, D] are swapped."""
+    return f". {axes} is [batch, seq_len, num_heads, head_dim]: here seq_len is {T} and num_heads {H}" if heads == T != H else ""
 
 
 def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
@@ -205,58 +327,37 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
     if T > 2**30:
         raise ValueError(f"query: expected seq_len of at most 2**30, got {T}")
 
+    state_dtype = jnp.promote_types(q.dtype, jnp.float32)
     if g is not None and (layer_idx is not None or num_layers is not None):
         raise ValueError("g_gamma: expected either g_gamma or layer_idx and num_layers, got both")
     if g is None:
-        for name, x in ("layer_idx", layer_idx), ("num_layers", num_layers):
-            if x is None:
-                raise ValueError(f"{name}: expected both layer_idx and num_layers where g_gamma is not given, got None")
-        (layer_idx, layer), (num_layers, layers) = _integer("layer_idx", layer_idx), _integer("num_layers", num_layers)
-        if layers is not None and layers < 1:
-            raise ValueError(f"num_layers: expected at least 1, got {layers}")
-        if layer is not None and (layer < 0 or layers is not None and layer >= layers):
-            raise ValueError(f"layer_idx: expected 0 to num_layers - 1, got {layer} of {'traced' if layers is None else layers}")
-        g = lightning_g_gamma(H, layer_idx, num_layers)
+        g = lightning_g_gamma(H, layer_idx, num_layers, state_dtype)
     else:
-        g = _array("g_gamma", g, (H,), jnp.floating)
-        if (value := _known(g)) is not None and not (value <= 0).all():
+        given, g = g, _array("g_gamma", g, ("num_heads",), jnp.floating)
+        if g.shape != (H,):
+            raise ValueError(f"g_gamma: expected shape [{H}], got {g.shape}{_hint('query', T, H, g.shape[0])}")
+        if (value := _known(given)) is not None and not (value <= 0).all():
             raise ValueError(f"g_gamma: expected log decays <= 0, got {value.max()}")
-    state_dtype = jnp.promote_types(q.dtype, jnp.float32)
     g = jnp.maximum(g.astype(state_dtype), -1e5)                 # e^g is 0 from far before; -inf would give NaN where no token is between
 
-    if scale is None:
-        scale = K**-0.5
-    elif jnp.shape(scale) != ():
-        raise ValueError(f"softmax_scale: expected a scalar, got shape {jnp.shape(scale)}")
-    elif not (jnp.issubdtype(jnp.result_type(scale), jnp.floating) or jnp.issubdtype(jnp.result_type(scale), jnp.integer)):
-        raise TypeError(f"softmax_scale: expected a real number, got {scale!r}")
-    elif _known(scale) is None:                                  # kernels take a number: a traced scale goes into the query
-        q, scale = q * scale.astype(q.dtype), 1.0
+    scale = _scale(scale, K)
+    if not isinstance(scale, float):                             # kernels take a number: a traced scale goes into the query
+        q, scale = q * lax.convert_element_type(scale, q.dtype), 1.0
     if not isinstance(reverse, (bool, np.bool_)):
-        raise TypeError(f"reverse: expected True or False, got {reverse!r}")
+        hint = ": it is static, so a jit must not trace it (static_argnames)" if isinstance(reverse, jax.core.Tracer) else ""
+        raise TypeError(f"reverse: expected True or False, got {reverse!r}{hint}")
 
     n, count = B, "the batch"
     if cu is not None:
-        cu = _array("cu_seqlens", np.asarray(cu) if isinstance(cu, (list, tuple)) else cu, ("num_seqs + 1",), jnp.integer)
-        if B != 1:
-            raise ValueError(f"cu_seqlens: expected a batch of 1 to hold the packed sequences, got {B}")
-        if cu.shape[0] < 2:
-            raise ValueError(f"cu_seqlens: expected at least 2 boundaries, got {cu.shape[0]}")
-        if (value := _known(cu)) is not None:
-            if value[0] != 0:
-                raise ValueError(f"cu_seqlens: expected to start at 0, got {value[0]}")
-            if (np.diff(value.astype(np.int64)) < 0).any():
-                raise ValueError(f"cu_seqlens: expected boundaries that do not decrease, got {value}")
-            if value[-1] > T:
-                raise ValueError(f"cu_seqlens: expected boundaries up to seq_len, {T}, got {value[-1]}")
-        if jnp.iinfo(cu.dtype).max > 2**31 - 1:
-            cu = jnp.clip(cu, max(jnp.iinfo(cu.dtype).min, -1), 2**31 - 1)
-        cu, n, count = cu.astype(jnp.int32), cu.shape[0] - 1, "the number of packed sequences"
+        cu = _boundaries(cu, B, T)
+        n, count = cu.shape[0] - 1, "the number of packed sequences"
     if s0 is not None:
-        s0 = _array("initial_state", s0, ("n", H, K, V), jnp.floating).astype(state_dtype)
+        s0 = _array("initial_state", s0, ("n", "num_heads", "qk_head_dim", "v_head_dim"), jnp.floating).astype(state_dtype)
+        if s0.shape[1:] != (H, K, V):
+            raise ValueError(f"initial_state: expected shape [{n}, {H}, {K}, {V}], got {s0.shape}{_hint('query', T, H, s0.shape[1])}")
         if s0.shape[0] != n:
             raise ValueError(f"initial_state: expected {n} states, {count}, got {s0.shape[0]}")
-    return q, k, v, g, float(scale), s0, cu
+    return q, k, v, g, scale, s0, cu
 
 
 # The scan that everything is made of --------------------------------------------------------------------------------------------
@@ -318,6 +419,7 @@ def _attend_bwd(op, saved, cotangents):
     return _gradients(op, saved, *(None if isinstance(x, SymbolicZero) else x for x in cotangents))
 
 
+@_promotes
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(op, saved, do, ds):
     q, k, v, g, s0, cu, s = saved
@@ -365,12 +467,14 @@ def _attend_across(op, axis, q, k, v, g, s0):
     return _across_fwd(op, axis, q, k, v, g, s0)[0]
 
 
+@_promotes
 def _across_fwd(op, axis, q, k, v, g, s0):
     s_in, s = _exchange(op, axis, k, v, g, s0)
     o, left = _attend(op, q, k, v, _vary(g, q), s_in, None)
     return (o, s), (q, k, v, g, s0, s_in, left)
 
 
+@_promotes
 def _across_bwd(op, axis, saved, cotangents):
     q, k, v, g, s0, s_in, left = saved
     do, ds = cotangents
@@ -509,6 +613,7 @@ def _sharded(op, *operands):
     return call(*(x for x in operands if x is not None))
 
 
+@_promotes
 def _on_platform(op, *operands):
     """Triton or plain JAX, chosen when the computation is lowered unless `op.backend` names one."""
     def on(scan):
@@ -1121,7 +1226,9 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     piece = -(-T // (segments * M * C)) * C
     L = piece * M
     Z = -(-T // piece) if op.only_state else (T - 1) // L * M
-    precise = str(op.precision).lower() in ("highest", "float32", "high", "tensorfloat32_3x", "bfloat16_3x")
+    # jax.default_matmul_precision, or None: what is not named here asks for more than one pass of TF32
+    fast = "default", "bfloat16", "tensorfloat32", "F16_F16_F16", "F16_F16_F32", "BF16_BF16_BF16", "BF16_BF16_F32", "TF32_TF32_F32"
+    precise = op.precision is not None and op.precision not in fast and not op.precision.startswith("ANY_F8")
     precision = dict(PRECISION="ieee" if arch.startswith("gfx") else "tf32x3" if precise else "tf32")
 
     z = g                                                        # never read where no segment follows another
