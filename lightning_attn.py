@@ -80,27 +80,33 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
     """Lightning attention (arXiv:2307.14995, 2401.04658, 2501.08313): o_t = scale q_t S_t, S_t = e^g S_{t-1} + k_t v_t^T.
 
     Works under jit, grad (to any order), vmap, scan, remat, export and sharding; is differentiable in `query`, `key`, `value`,
-    `initial_state` and `g_gamma`, for cotangents of both results.
+    `initial_state` and `g_gamma`, for cotangents of both results. Derivatives are reverse mode only: `jax.jvp`, `jax.jacfwd` and
+    `jax.linearize` raise. `jax.export` of symbolic shapes takes backend="xla" and a symbolic `seq_len` that is known to be 64 or
+    more; batch and `num_seqs` may be symbolic as well. A jit over sharded arrays cannot be exported, because JAX cannot serialize
+    its partitioning: export a `jax.shard_map` instead.
 
     Args:
       query: [batch, seq_len, num_heads, qk_head_dim], float32, bfloat16 or float16 (float64 in x64 mode: plain JAX everywhere).
-        Head dims are 1 to 512, `seq_len` is anything from 0 on.
+        Head dims are 1 to 512, `seq_len` is 0 to 2**30.
       key: [batch, seq_len, num_kv_heads, qk_head_dim], in the dtype of `query`. `num_kv_heads` divides `num_heads`; query head h
         reads key and value head h // (num_heads / num_kv_heads).
       value: [batch, seq_len, num_kv_heads, v_head_dim], in the dtype of `query`.
       layer_idx, num_layers: integers, possibly traced: the layer, from 0, and the number of layers. They give head h the log decay
-        g = -(8 / num_heads) (1 - layer_idx / num_layers) h. Leave both out to give `g_gamma` instead.
-      softmax_scale: scale of the outputs; None means qk_head_dim ** -0.5. A traced one multiplies `query`, in its dtype.
+        g = -(8 / num_heads) (1 - layer_idx / num_layers) h. Leave both out to give `g_gamma` instead. Values that are traced, or on
+        a device while something is traced, cannot be checked: no head forgets in a layer from `num_layers` on.
+      softmax_scale: scale of the outputs, 0 or a normal number of float32; None means qk_head_dim ** -0.5. A traced one multiplies
+        `query`, in its dtype, and is not checked.
       initial_state: [n, num_heads, qk_head_dim, v_head_dim], floating: the states that the sequences start from. n is the batch or
         the number of packed sequences. None means zeros.
-      reverse: True runs from the last token to the first: `initial_state` enters at the end, `final_state` is left at the start.
+      reverse: a static bool. True runs from the last token to the first: `initial_state` enters at the end, `final_state` is left at the start.
       cu_seqlens: [num_seqs + 1] integers, concrete or traced: boundaries of sequences packed in a batch of 1, from 0 up. Equal
         neighbours are an empty sequence. Tokens past the last boundary belong to none: their outputs and gradients are 0,
         whatever they hold. A traced `cu_seqlens` cannot be checked: a sequence that runs backwards, outside of the tokens or into
         an earlier one counts as empty.
-      g_gamma: [num_heads], log decay in nats for each token, <= 0, possibly traced.
+      g_gamma: [num_heads], log decay in nats for each token, <= 0, possibly traced. What is above 0 raises where the values are at
+        hand. Elsewhere it counts as 0, and its gradient is 0.
       backend: None picks when the computation is lowered: Triton for cuda and rocm, plain JAX for anything else. "triton" and
-        "xla" force one.
+        "xla" force one. GPUs older than sm_80 take plain JAX.
       seq_axis: name of a `jax.shard_map` mesh axis over which `seq_len` is split evenly, in order: one sequence on many devices.
         Only states cross it, never tokens; `initial_state` and `final_state` are those of the whole sequence.
 
@@ -111,24 +117,37 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
     Accuracy: states, decays and sums are float32. float32 inputs follow `jax.default_matmul_precision`: TF32 by default on GPUs,
     "high" and "highest" for float32. Gradients have the dtype of what they are gradients of. That of `g_gamma` is a float32 sum of
     differences that cancel, taken from the rounded gradients of `query` and `key`: for bfloat16 inputs expect a relative error of up to
-    5e-2, for float16 of up to 1e-2. float16 states round to float16 where they meet queries, and overflow there past 65504.
+    5e-2, for float16 of up to 1e-2. float16 states and scaled
+    scores, q_i.k_j times `softmax_scale`, round to float16 where they are multiplied, and overflow there past 65504.
 
     Raises:
       TypeError, ValueError: naming the argument, what was expected and what came, before anything runs.
     """
     q, k, v, g, scale, s0, cu = _check(query, key, value, layer_idx, num_layers, softmax_scale, initial_state, reverse, cu_seqlens,
                                        g_gamma)
-    if backend not in (None, "triton", "xla"):
+    if not (backend is None or isinstance(backend, str) and backend in ("triton", "xla")):
         raise ValueError(f'backend: expected None, "triton" or "xla", got {backend!r}')
     if backend == "triton" and triton is None:
         raise ValueError('backend="triton" needs jax-triton and triton, which cannot be used here: pip install '
                          "'jax>=0.11,<0.12' 'jax-triton>=0.4.1,<0.5' 'triton>=3.8,<3.10' (Linux, Python >= 3.12)")
-    if triton is None or q.dtype == jnp.float64:
+    arch = _gpu()[0] if _gpu() else None
+    # Triton has no matrix products for GPUs before sm_80: its code spills there, and wants twice their shared memory.
+    old = arch is not None and arch.startswith("sm_") and int(arch[3:]) < 80
+    if backend == "triton" and (arch is None or old):
+        raise ValueError('backend: expected None or "xla" where there is no GPU for the kernels (NVIDIA from sm_80 on, AMD), '
+                         f'got "triton" and {arch or jax.default_backend()}')
+    if triton is None or q.dtype == jnp.float64 or old:
         backend = "xla"
+    if backend != "xla" and not all(isinstance(d, int) for x in (q, cu) if x is not None for d in x.shape):
+        raise ValueError('backend: expected "xla" for symbolic shapes (jax.export), because kernels are launched for shapes '
+                         f"that are numbers, got {backend!r}")
     if seq_axis is not None and cu is not None:
         raise ValueError("seq_axis: expected None with cu_seqlens, because a pack cannot be cut inside its sequences; got "
                          f"{seq_axis!r}. Give each device whole sequences instead: a pack of its own in shard_map")
     if seq_axis is not None:
+        names = seq_axis if isinstance(seq_axis, tuple) else (seq_axis,)
+        if not (names and all(isinstance(name, str) for name in names)):
+            raise TypeError(f"seq_axis: expected the name of an axis of a shard_map around this call, got {seq_axis!r}")
         try:
             lax.axis_size(seq_axis)
         except NameError:
@@ -176,6 +195,8 @@ def lightning_g_gamma(num_heads, layer_idx, num_layers, dtype=jnp.float32):
     The formula is that of arXiv:2307.14995. `layer_idx` and `num_layers` are integers, possibly
     traced. They are checked as `lightning_attn` checks them.
     """
+    if type(num_heads) is not int or num_heads < 1:
+        raise ValueError(f"num_heads: expected an integer of at least 1, got {num_heads!r}")
     layer_idx, num_layers = _layer(layer_idx, num_layers)
     slopes = -8 / num_heads * np.arange(num_heads)
     if isinstance(layer_idx, int) and isinstance(num_layers, int):
@@ -207,7 +228,7 @@ def _array(name, x, shape, dtype_kind):
     """`x` as a JAX array of that shape ("batch" etc. name a free size) and kind of dtype, or an error that says what came."""
     if not isinstance(x, (jax.Array, np.ndarray)):
         raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
-    if len(x.shape) != len(shape) or any(isinstance(want, int) and want != got for want, got in zip(shape, x.shape)):
+    if len(x.shape) != len(shape) or any(not isinstance(want, str) and want != got for want, got in zip(shape, x.shape)):
         raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {tuple(x.shape)}")
     if not jnp.issubdtype(x.dtype, dtype_kind):
         raise TypeError(f"{name}: expected {'integers' if dtype_kind is jnp.integer else 'floating point'}, got {x.dtype}")
@@ -282,7 +303,7 @@ def _boundaries(cu, B, T):
     array = _array("cu_seqlens", cu, ("num_seqs + 1",), jnp.integer)
     if B != 1:
         raise ValueError(f"cu_seqlens: expected a batch of 1 to hold the packed sequences, got {B}")
-    if array.shape[0] < 2:
+    if isinstance(array.shape[0], int) and array.shape[0] < 2:
         raise ValueError(f"cu_seqlens: expected at least 2 boundaries, got {array.shape[0]}")
     if (value := _known(cu)) is not None:
         value = [int(x) for x in value]
@@ -319,12 +340,22 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
     for name, x in ("key", k), ("value", v):
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected the dtype of query, {q.dtype}, got {x.dtype}")
+    if not all(isinstance(d, int) for d in (H, K, k.shape[2], V)):
+        raise ValueError(f"query: expected num_heads and head dims that are numbers, got {q.shape}, {k.shape} and {v.shape}")
     if H == 0 or k.shape[2] == 0 or H % k.shape[2]:
         raise ValueError(f"key: expected num_kv_heads to divide num_heads, got {k.shape[2]} and {H}")
     for name, d in ("query", K), ("value", V):
         if not 1 <= d <= 512:
             raise ValueError(f"{name}: expected a head dim from 1 to 512, got {d}")
-    if T > 2**30:
+    if not isinstance(T, int):                                   # jax.export
+        try:
+            long = bool(T >= 64)
+        except jax.errors.InconclusiveDimensionOperation:
+            long = False
+        if not long:
+            raise ValueError(f"query: expected a symbolic seq_len that is known to be 64 or more, got {T}: "
+                             f'jax.export.symbolic_shape(..., constraints=["{T} >= 64"])')
+    elif T > 2**30:
         raise ValueError(f"query: expected seq_len of at most 2**30, got {T}")
 
     state_dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -338,6 +369,8 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
             raise ValueError(f"g_gamma: expected shape [{H}], got {g.shape}{_hint('query', T, H, g.shape[0])}")
         if (value := _known(given)) is not None and not (value <= 0).all():
             raise ValueError(f"g_gamma: expected log decays <= 0, got {value.max()}")
+    # What could not be checked must not grow. (jnp.minimum would halve the gradient of those that are 0.)
+    g = jnp.where(g > 0, 0, g)
     g = jnp.maximum(g.astype(state_dtype), -1e5)                 # e^g is 0 from far before; -inf would give NaN where no token is between
 
     scale = _scale(scale, K)
@@ -562,7 +595,7 @@ def _folded(op):
             x = jnp.broadcast_to(x, (N, B, *x.shape[2:]))
             return x.reshape(N * B, *x.shape[2:])
 
-        results = scan(*map(fold, (q, k, v, g, s0, cu, w), (*mapped[:4], *map(bool, mapped[4:]))))
+        results = _scan(op, *map(fold, (q, k, v, g, s0, cu, w), (*mapped[:4], *map(bool, mapped[4:]))))
         return tuple(x.reshape(N, B, *x.shape[1:]) for x in results), (True,) * len(results)
 
     return scan
@@ -693,7 +726,7 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
         return _one_by_one(_scan_xla, op, q, k, v, g, s0, cu, w)
     B, T, H, K, V, n = *q.shape[:2], g.shape[1], q.shape[3], v.shape[3], 1 if cu is None else cu.shape[1] - 1
     g = lax.optimization_barrier(g)                              # XLA would fold decays that it knows into large constants, and be slower
-    C, wide = min(T, 64), g.dtype
+    C, wide = min(64, T), g.dtype
     dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
 
     scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
@@ -1146,7 +1179,7 @@ class _Config:
     states_stages: int                                           # chunks of 64 tokens in flight there
 
 
-_SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}    # KiB a program
+_SHARED_MEMORY = {"sm_80": 163, "sm_87": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}    # KiB a program
 
 
 def _config(arch, K, V, dtype, B, T):
@@ -1174,13 +1207,13 @@ def _block(d):
 
 @functools.cache
 def _gpu():
-    """Architecture and number of processors of the first GPU; those of an H200 where there is none."""
+    """Architecture and number of processors of the first GPU; None where there is none."""
     try:
         gpu = jax.devices("gpu")[0]
         arch = gpu.compute_capability
         return arch.split(":")[0] if arch.startswith("gfx") else "sm_" + arch.replace(".", ""), gpu.core_count
     except RuntimeError:
-        return "sm_90", 132
+        return None
 
 
 def _launch(kernel, *arrays, out, programs, **arguments):
@@ -1200,7 +1233,7 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     """`swap` sums the states of segments with k and v exchanged: those of the transposed scan are the same call then, which XLA makes once."""
     K, V, dtype = q.shape[3], v.shape[3], q.dtype
     (B, T), HQ, H, n = q.shape[:2], q.shape[2], g.shape[1], 1 if cu is None else cu.shape[1] - 1
-    arch, processors = _gpu()
+    arch, processors = _gpu() or ("sm_90", 132)                  # traced, and never lowered, where there is no GPU
     config = _config(arch, K, V, dtype, B, T)
     if w is not None and not (config.kernel is _hopper_kernel and max(K, V) <= config.BK == config.BV):
         return *_scan_triton(op, q, k, v, g, s0, cu), _scan_triton(op, w, v, k, g, _transposed(s0), cu, swap=True)[0]
