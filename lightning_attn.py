@@ -80,8 +80,7 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
     """Lightning attention (arXiv:2307.14995, 2401.04658, 2501.08313): o_t = scale q_t S_t, S_t = e^g S_{t-1} + k_t v_t^T.
 
     Works under jit, grad (to any order), vmap, scan, remat, export and sharding; is differentiable in `query`, `key`, `value`,
-    `initial_state` and `g_gamma`, for cotangents of both results. Derivatives are reverse mode only: `jax.jvp`, `jax.jacfwd` and
-    `jax.linearize` raise. `jax.export` of symbolic shapes takes backend="xla" and a symbolic `seq_len` that is known to be 64 or
+    `initial_state` and `g_gamma`, for cotangents of both results. Derivatives are reverse mode only: `jax.jvp` and `jax.jacfwd` raise. `jax.export` of symbolic shapes takes backend="xla" and a symbolic `seq_len` that is known to be 64 or
     more; batch and `num_seqs` may be symbolic as well. A jit over sharded arrays cannot be exported, because JAX cannot serialize
     its partitioning: export a `jax.shard_map` instead.
 
@@ -224,12 +223,12 @@ def _known(x):
     return None if isinstance(lax.neg(x), jax.core.Tracer) else jax.device_get(x)
 
 
-def _array(name, x, shape, dtype_kind):
+def _array(name, x, shape, dtype_kind, hint=""):
     """`x` as a JAX array of that shape ("batch" etc. name a free size) and kind of dtype, or an error that says what came."""
     if not isinstance(x, (jax.Array, np.ndarray)):
         raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
     if len(x.shape) != len(shape) or any(not isinstance(want, str) and want != got for want, got in zip(shape, x.shape)):
-        raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {tuple(x.shape)}{hint}")
     if not jnp.issubdtype(x.dtype, dtype_kind):
         raise TypeError(f"{name}: expected {'integers' if dtype_kind is jnp.integer else 'floating point'}, got {x.dtype}")
     return jnp.asarray(x)
@@ -265,7 +264,7 @@ def _layer(layer_idx, num_layers):
     layer_idx, num_layers = _integer("layer_idx", layer_idx), _integer("num_layers", num_layers)
     known = type(num_layers) is int
     if known and not 1 <= num_layers < 2**31:
-        raise ValueError(f"num_layers: expected at least 1 and less than 2**31, got {num_layers}")
+        raise ValueError(f"num_layers: expected 1 to 2**31 - 1, got {num_layers}")
     if type(layer_idx) is int and not 0 <= layer_idx < (num_layers if known else 2**31):
         raise ValueError(f"layer_idx: expected 0 to num_layers - 1, got {layer_idx} of {num_layers if known else 'traced'}")
     return layer_idx, num_layers
@@ -323,9 +322,11 @@ def _boundaries(cu, B, T):
     return array.astype(jnp.int32)
 
 
-def _hint(axes, T, H, heads):
-    """What to add to a message where an argument has so many heads: the axes of [B, H, T, D] are swapped."""
-    return f". {axes} is [batch, seq_len, num_heads, head_dim]: here seq_len is {T} and num_heads {H}" if heads == T != H else ""
+def _swapped(x, axis, T, H):
+    """What to add to a message where `x` has as many heads, along `axis`, as there are tokens: query is [B, H, T, D] then."""
+    if getattr(x, "shape", ())[axis:axis + 1] != (T,) or T == H:
+        return ""
+    return f". query is [batch, seq_len, num_heads, head_dim], so here seq_len is {T} and num_heads {H}"
 
 
 def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
@@ -364,9 +365,7 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
     if g is None:
         g = lightning_g_gamma(H, layer_idx, num_layers, state_dtype)
     else:
-        given, g = g, _array("g_gamma", g, ("num_heads",), jnp.floating)
-        if g.shape != (H,):
-            raise ValueError(f"g_gamma: expected shape [{H}], got {g.shape}{_hint('query', T, H, g.shape[0])}")
+        given, g = g, _array("g_gamma", g, (H,), jnp.floating, _swapped(g, 0, T, H))
         if (value := _known(given)) is not None and not (value <= 0).all():
             raise ValueError(f"g_gamma: expected log decays <= 0, got {value.max()}")
     # What could not be checked must not grow. (jnp.minimum would halve the gradient of those that are 0.)
@@ -385,11 +384,9 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
         cu = _boundaries(cu, B, T)
         n, count = cu.shape[0] - 1, "the number of packed sequences"
     if s0 is not None:
-        s0 = _array("initial_state", s0, ("n", "num_heads", "qk_head_dim", "v_head_dim"), jnp.floating).astype(state_dtype)
-        if s0.shape[1:] != (H, K, V):
-            raise ValueError(f"initial_state: expected shape [{n}, {H}, {K}, {V}], got {s0.shape}{_hint('query', T, H, s0.shape[1])}")
-        if s0.shape[0] != n:
+        if getattr(s0, "shape", ())[1:] == (H, K, V) and s0.shape[0] != n:
             raise ValueError(f"initial_state: expected {n} states, {count}, got {s0.shape[0]}")
+        s0 = _array("initial_state", s0, (n, H, K, V), jnp.floating, _swapped(s0, 1, T, H)).astype(state_dtype)
     return q, k, v, g, scale, s0, cu
 
 

@@ -801,7 +801,7 @@ def bad_calls():
         ("layer_idx float", dict(layer_idx=1.5), T, "layer_idx: expected an integer, got 1.5"),
         ("layer_idx bool", dict(layer_idx=True), T, "layer_idx: expected an integer, got True"),
         ("layer_idx array", dict(layer_idx=np.array([1, 2])), V, "layer_idx: expected a scalar, got shape (2,)"),
-        ("num_layers 0", dict(layer_idx=0, num_layers=0), V, "num_layers: expected at least 1, got 0"),
+        ("num_layers 0", dict(layer_idx=0, num_layers=0), V, "num_layers: expected 1 to 2**31 - 1, got 0"),
         ("num_layers missing", dict(num_layers=None), V, "num_layers: expected both layer_idx and num_layers"),
         ("layer_idx missing", dict(layer_idx=None), V, "layer_idx: expected both layer_idx and num_layers"),
         ("no decay", dict(layer_idx=None, num_layers=None), V, "layer_idx: expected both"),
@@ -836,7 +836,7 @@ def bad_calls():
         ("num_layers text", dict(num_layers="3"), T, "num_layers: expected an integer, got '3'"),
         ("num_layers list", dict(num_layers=[1]), T, "num_layers: expected an integer, got [1]"),
         ("num_layers object", dict(num_layers=V), T, "num_layers: expected an integer, got <class 'ValueError'>"),
-        ("num_layers huge", dict(num_layers=2**31), V, "num_layers: expected at least 1 and less than 2**31, got 2147483648"),
+        ("num_layers huge", dict(num_layers=2**31), V, "num_layers: expected 1 to 2**31 - 1, got 2147483648"),
         ("scale text", dict(softmax_scale="big"), T, "softmax_scale: expected a real number, got 'big'"),
         ("scale dict", dict(softmax_scale={}), T, "softmax_scale: expected a real number, got {}"),
         ("scale bool", dict(softmax_scale=True), T, "softmax_scale: expected a real number, got True"),
@@ -853,7 +853,7 @@ def bad_calls():
         ("lengths", cu(3, 5), V, "cu_seqlens: expected to start at 0, got 3 in [3 5]. These look like lengths: it takes boundaries"),
         ("state count, number", dict(initial_state=x(2, 16, 16)), V, "initial_state: expected shape [2, 4, 16, 16], got (2, 16, 16)"),
         ("state count, packed, number", cu(0, 4, 8, 8) | dict(initial_state=x(3, 4, 16)), V, "initial_state: expected shape [3, 4, 16, 16]"),
-        ("heads before tokens", gamma(-x(8)), V, "g_gamma: expected shape [4], got (8,). query is [batch, seq_len, num_heads, head_dim]: here seq_len is 8"),
+        ("heads before tokens", gamma(-x(8)), V, "g_gamma: expected shape [4], got (8,). query is [batch, seq_len, num_heads, head_dim], so here seq_len is 8"),
         ("state of heads before tokens", dict(initial_state=x(2, 8, 16, 16)), V, "here seq_len is 8 and num_heads 4"),
         ("seq_axis number", dict(seq_axis=3), T, "seq_axis: expected the name of an axis of a shard_map around this call, got 3"),
         ("seq_axis none", dict(seq_axis=()), T, "seq_axis: expected the name of an axis of a shard_map around this call, got ()"),
@@ -892,7 +892,7 @@ def test_messages_for_what_is_traced():
         jax.jit(lambda n: lightning_attn(x, x, x, 1, 4, cu_seqlens=[0, n, 8]))(3)
     with pytest.raises(TypeError, match="reverse: expected True or False, got .*static"):
         jax.jit(lambda r: lightning_attn(x, x, x, 1, 4, reverse=r))(True)
-    with pytest.raises(ValueError, match="num_layers: expected at least 1"):
+    with pytest.raises(ValueError, match="num_layers: expected 1 to 2"):
         lightning_g_gamma(4, 0, 0)
     with pytest.raises(ValueError, match="num_heads: expected an integer of at least 1, got 0"):
         lightning_g_gamma(0, 0, 1)
@@ -909,6 +909,16 @@ def test_decays_that_cannot_be_checked_do_not_grow():
     close(dg, dwant * (g <= 0), 1e-3)
     past = jax.jit(lambda layer: lightning_attn(x, x, x, layer, 4)[1])(9)
     close(past, lightning_attn(x, x, x, g_gamma=jnp.zeros(4))[1])
+
+
+def test_float64_layers():
+    """Their decays are float64 as well, concrete and traced: 1 - 1/3 is no float32."""
+    with jax.enable_x64(True):
+        x = jnp.ones((1, 40, 3, 2), jnp.float64)
+        layer = lambda i: lightning_attn(x, x, x, i, 3)[1]
+        want = lightning_attn(x, x, x, g_gamma=(1 - 1 / 3) * -8 / 3 * np.arange(3))[1]
+        close([layer(1), jax.jit(layer)(1)], [want, want], 1e-13)
+        assert lightning_g_gamma(3, 1, 3).dtype == jax.jit(lightning_g_gamma, static_argnums=0)(3, 1, 3).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("packed", [False, True])
