@@ -941,6 +941,20 @@ def test_strict_promotion(packed, backend):
         lightning_g_gamma(4, layer, np.int16(4))
 
 
+@pytest.mark.skipif(len(jax.devices()) < 4, reason="fewer than 4 devices")
+@pytest.mark.parametrize("seq_axis", [None, "s"])
+def test_strict_promotion_on_many_devices(seq_axis):
+    mesh = jax.make_mesh((4,), ("s",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    x, g, s0 = jnp.ones((4, 80, 4, 8)), -jnp.ones(4), jnp.ones((4, 4, 8, 8))
+    f = lambda x, g, s0: lightning_attn(x, x, x, g_gamma=g, initial_state=s0, seq_axis=seq_axis)
+    if seq_axis:
+        f = jax.shard_map(f, mesh=mesh, in_specs=(P(None, "s"), P(), P()), out_specs=(P(None, "s"), P()))
+    x, s0 = (jax.device_put(y, jax.NamedSharding(mesh, P() if seq_axis else P("s"))) for y in (x, s0))
+    jax.clear_caches()
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        jax.jit(jax.grad(lambda *a: sum(y.sum() for y in f(*a)), (0, 1, 2)))(x, g, s0)
+
+
 def test_nothing_is_fetched_while_tracing():
     """A deleted array stands for one whose values are on a device: to read it is an error."""
     x, x8 = jnp.ones((1, 70, 2, 8)), jnp.array([0, 70], jnp.int8)
