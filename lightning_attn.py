@@ -28,7 +28,8 @@ import functools
 import itertools
 import math
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,34 +59,54 @@ if triton is not None and (jax.__version_info__ >= (0, 12) or not hasattr(hopper
 __all__ = ["lightning_attn", "lightning_attn_reference", "lightning_g_gamma"]
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _promotes(f: _F) -> _F:
+    """`f`, in which ranks and dtypes are promoted whatever jax_numpy_rank_promotion and
+    jax_numpy_dtype_promotion ask of the caller's code. JAX calls back the rules of a transformation
+    when the caller's settings hold again, so each rule that promotes is marked as well."""
+    @functools.wraps(f)
+    def promotes(*args, **kwargs):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return f(*args, **kwargs)
+    return cast(_F, promotes)
+
+
 # The API ------------------------------------------------------------------------------------------------------------------------
 
+@_promotes
 def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_scale=None, initial_state=None, reverse=False,
                    cu_seqlens=None, *, g_gamma=None, backend=None, seq_axis=None, output_final_state=True):
     """Lightning attention (arXiv:2307.14995, 2401.04658, 2501.08313): o_t = scale q_t S_t, S_t = e^g S_{t-1} + k_t v_t^T.
 
     Works under jit, grad (to any order), vmap, scan, remat, export and sharding; is differentiable in `query`, `key`, `value`,
-    `initial_state` and `g_gamma`, for cotangents of both results.
+    `initial_state` and `g_gamma`, for cotangents of both results. Derivatives are reverse mode only: `jax.jvp` and `jax.jacfwd` raise. `jax.export` of symbolic shapes takes backend="xla" and a symbolic `seq_len` that is known to be 64 or
+    more; batch and `num_seqs` may be symbolic as well. A jit over sharded arrays cannot be exported, because JAX cannot serialize
+    its partitioning: export a `jax.shard_map` instead.
 
     Args:
       query: [batch, seq_len, num_heads, qk_head_dim], float32, bfloat16 or float16 (float64 in x64 mode: plain JAX everywhere).
-        Head dims are 1 to 512, `seq_len` is anything from 0 on.
+        Head dims are 1 to 512, `seq_len` is 0 to 2**30.
       key: [batch, seq_len, num_kv_heads, qk_head_dim], in the dtype of `query`. `num_kv_heads` divides `num_heads`; query head h
         reads key and value head h // (num_heads / num_kv_heads).
       value: [batch, seq_len, num_kv_heads, v_head_dim], in the dtype of `query`.
       layer_idx, num_layers: integers, possibly traced: the layer, from 0, and the number of layers. They give head h the log decay
-        g = -(8 / num_heads) (1 - layer_idx / num_layers) h. Leave both out to give `g_gamma` instead.
-      softmax_scale: scale of the outputs; None means qk_head_dim ** -0.5. A traced one multiplies `query`, in its dtype.
+        g = -(8 / num_heads) (1 - layer_idx / num_layers) h. Leave both out to give `g_gamma` instead. Values that are traced, or on
+        a device while something is traced, cannot be checked: no head forgets in a layer from `num_layers` on.
+      softmax_scale: scale of the outputs, 0 or a normal number of float32; None means qk_head_dim ** -0.5. A traced one multiplies
+        `query`, in its dtype, and is not checked.
       initial_state: [n, num_heads, qk_head_dim, v_head_dim], floating: the states that the sequences start from. n is the batch or
         the number of packed sequences. None means zeros.
-      reverse: True runs from the last token to the first: `initial_state` enters at the end, `final_state` is left at the start.
+      reverse: a static bool. True runs from the last token to the first: `initial_state` enters at the end, `final_state` is left at the start.
       cu_seqlens: [num_seqs + 1] integers, concrete or traced: boundaries of sequences packed in a batch of 1, from 0 up. Equal
         neighbours are an empty sequence. Tokens past the last boundary belong to none: their outputs and gradients are 0,
         whatever they hold. A traced `cu_seqlens` cannot be checked: a sequence that runs backwards, outside of the tokens or into
         an earlier one counts as empty.
-      g_gamma: [num_heads], log decay in nats for each token, <= 0, possibly traced.
+      g_gamma: [num_heads], log decay in nats for each token, <= 0, possibly traced. What is above 0 raises where the values are at
+        hand. Elsewhere it counts as 0, and its gradient is 0.
       backend: None picks when the computation is lowered: Triton for cuda and rocm, plain JAX for anything else. "triton" and
-        "xla" force one.
+        "xla" force one. GPUs older than sm_80 take plain JAX.
       seq_axis: name of a `jax.shard_map` mesh axis over which `seq_len` is split evenly, in order: one sequence on many devices.
         Only states cross it, never tokens; `initial_state` and `final_state` are those of the whole sequence.
 
@@ -96,27 +117,39 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
     Accuracy: states, decays and sums are float32. float32 inputs follow `jax.default_matmul_precision`: TF32 by default on GPUs,
     "high" and "highest" for float32. Gradients have the dtype of what they are gradients of. That of `g_gamma` is a float32 sum of
     differences that cancel, taken from the rounded gradients of `query` and `key`: for bfloat16 inputs expect a relative error of up to
-    5e-2, for float16 of up to 1e-2. float16 states round to float16 where they meet queries, and overflow there past 65504.
+    5e-2, for float16 of up to 1e-2. float16 states and scaled
+    scores, q_i.k_j times `softmax_scale`, round to float16 where they are multiplied, and overflow there past 65504.
 
     Raises:
       TypeError, ValueError: naming the argument, what was expected and what came, before anything runs.
     """
     q, k, v, g, scale, s0, cu = _check(query, key, value, layer_idx, num_layers, softmax_scale, initial_state, reverse, cu_seqlens,
                                        g_gamma)
-    if backend not in (None, "triton", "xla"):
+    if not (backend is None or isinstance(backend, str) and backend in ("triton", "xla")):
         raise ValueError(f'backend: expected None, "triton" or "xla", got {backend!r}')
     if backend == "triton" and triton is None:
         raise ValueError('backend="triton" needs jax-triton and triton, which cannot be used here: pip install '
                          "'jax>=0.11,<0.12' 'jax-triton>=0.4.1,<0.5' 'triton>=3.8,<3.10' (Linux, Python >= 3.12)")
-    if triton is None or q.dtype == jnp.float64:
+    arch = _gpu()[0] if _gpu() else None
+    # Triton has no matrix products for GPUs before sm_80: its code spills there, and wants twice their shared memory.
+    old = arch is not None and arch.startswith("sm_") and int(arch[3:]) < 80
+    if backend == "triton" and (arch is None or old):
+        raise ValueError('backend: expected None or "xla" where there is no GPU for the kernels (NVIDIA from sm_80 on, AMD), '
+                         f'got "triton" and {arch or jax.default_backend()}')
+    if triton is None or q.dtype == jnp.float64 or old:
         backend = "xla"
+    if backend != "xla" and not all(isinstance(d, int) for x in (q, cu) if x is not None for d in x.shape):
+        raise ValueError('backend: expected "xla" for symbolic shapes (jax.export), because kernels are launched for shapes '
+                         f"that are numbers, got {backend!r}")
     if seq_axis is not None and cu is not None:
         raise ValueError("seq_axis: expected None with cu_seqlens, because a pack cannot be cut inside its sequences; got "
                          f"{seq_axis!r}. Give each device whole sequences instead: a pack of its own in shard_map")
     if seq_axis is not None:
         axes = seq_axis if isinstance(seq_axis, tuple) else (seq_axis,)
-        if not axes or not set(axes) <= set(jax.sharding.get_abstract_mesh().manual_axes):
-            raise ValueError(f"seq_axis: expected an axis of a shard_map around this call, or a tuple of them, got {seq_axis!r}")
+        if not (axes and all(isinstance(name, str) for name in axes)):
+            raise TypeError(f"seq_axis: expected the name of an axis of a shard_map around this call, got {seq_axis!r}")
+        if not set(axes) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+            raise ValueError(f"seq_axis: expected an axis of a shard_map around this call, got {seq_axis!r}")
     op = _Op(scale, bool(reverse), False, backend, jax.config.jax_default_matmul_precision, final_state=output_final_state)
     s0 = None if s0 is None else s0[:, None] if cu is None else s0[None]
     g, cu = g[None], None if cu is None else cu[None]
@@ -128,6 +161,7 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
     return o, None if s is None else s[:, 0] if cu is None else s[0]
 
 
+@_promotes
 def lightning_attn_reference(query, key, value, layer_idx=None, num_layers=None, softmax_scale=None, initial_state=None,
                              reverse=False, cu_seqlens=None, *, g_gamma=None):
     """The recurrence, token by token, nothing clever: arguments and results of `lightning_attn`, in plain JAX."""
@@ -152,37 +186,146 @@ def lightning_attn_reference(query, key, value, layer_idx=None, num_layers=None,
     return jnp.moveaxis(o, 0, 1).astype(q.dtype), s
 
 
-def lightning_g_gamma(num_heads, layer_idx, num_layers):
-    """Log decay per token in nats, [num_heads] float32: -(8 / num_heads) (1 - layer_idx / num_layers) head (arXiv:2307.14995)."""
-    return jnp.asarray((1 - layer_idx / num_layers) * (-8 / num_heads * np.arange(num_heads)), jnp.float32)
+@_promotes
+def lightning_g_gamma(num_heads, layer_idx, num_layers, dtype=jnp.float32):
+    """Log decay per token in nats, [num_heads]: -(8 / num_heads) (1 - layer_idx / num_layers) head.
+
+    The formula is that of arXiv:2307.14995. `layer_idx` and `num_layers` are integers, possibly
+    traced. They are checked as `lightning_attn` checks them.
+    """
+    if type(num_heads) is not int or num_heads < 1:
+        raise ValueError(f"num_heads: expected an integer of at least 1, got {num_heads!r}")
+    layer_idx, num_layers = _layer(layer_idx, num_layers)
+    slopes = -8 / num_heads * np.arange(num_heads)
+    if isinstance(layer_idx, int) and isinstance(num_layers, int):
+        return jnp.asarray((1 - layer_idx / num_layers) * slopes, dtype)
+    layer_idx, num_layers = (jnp.asarray(x).astype(dtype) for x in (layer_idx, num_layers))
+    return (1 - layer_idx / num_layers) * jnp.asarray(slopes, dtype)
 
 
 # Its checks ---------------------------------------------------------------------------------------------------------------------
+#
+# Messages are "argument: expected ..., got ...". A check of values must not wait for a device while
+# something is traced: it looks only at values that are at hand.
 
 def _known(x):
-    """`x` as numpy where its values are known now, None where they are traced."""
-    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+    """`x` as numpy where its values are at hand, else None.
+
+    They are not where `x` is traced, where some of it lies on other hosts, and where `x` lies on a
+    device while something else is traced.
+    """
+    if not isinstance(x, jax.Array):
+        return np.asarray(x)
+    if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
+        return None
+    # An operation on a concrete array gives a tracer where a jit is being traced.
+    return None if isinstance(lax.neg(x), jax.core.Tracer) else jax.device_get(x)
 
 
-def _array(name, x, shape, dtype_kind):
+def _array(name, x, shape, dtype_kind, hint=""):
     """`x` as a JAX array of that shape ("batch" etc. name a free size) and kind of dtype, or an error that says what came."""
     if not isinstance(x, (jax.Array, np.ndarray)):
         raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
-    if len(x.shape) != len(shape) or any(isinstance(want, int) and want != got for want, got in zip(shape, x.shape)):
-        raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {tuple(x.shape)}")
+    if len(x.shape) != len(shape) or any(not isinstance(want, str) and want != got for want, got in zip(shape, x.shape)):
+        raise ValueError(f"{name}: expected shape [{', '.join(map(str, shape))}], got {tuple(x.shape)}{hint}")
     if not jnp.issubdtype(x.dtype, dtype_kind):
         raise TypeError(f"{name}: expected {'integers' if dtype_kind is jnp.integer else 'floating point'}, got {x.dtype}")
     return jnp.asarray(x)
 
 
+def _is_number(x, kind):
+    """Whether `x` is a Python, numpy or JAX number (or an array of them) of that kind."""
+    if isinstance(x, (jax.Array, np.ndarray, np.generic)):
+        return jnp.issubdtype(x.dtype, kind)
+    return type(x) is int or type(x) is float and kind is not jnp.integer
+
+
 def _integer(name, x):
-    """A scalar integer argument, and its value where that is known."""
-    if isinstance(x, bool) or not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+    """A scalar integer argument: as an int where its value is at hand."""
+    if isinstance(x, (jax.Array, np.ndarray)) and x.shape != ():
+        raise ValueError(f"{name}: expected a scalar, got shape {x.shape}")
+    if not _is_number(x, jnp.integer):
         raise TypeError(f"{name}: expected an integer, got {x!r}")
-    if jnp.shape(x) != ():
-        raise ValueError(f"{name}: expected a scalar, got shape {jnp.shape(x)}")
+    if type(x) is int:                                           # of any size
+        return x
     value = _known(x)
-    return x, None if value is None else int(value)
+    return x if value is None else int(value)
+
+
+def _layer(layer_idx, num_layers):
+    """`layer_idx` and `num_layers`, checked: as ints where their values are at hand."""
+    if isinstance(layer_idx, (jax.Array, np.ndarray)) and jnp.issubdtype(layer_idx.dtype, jnp.floating) and layer_idx.ndim:
+        raise TypeError(f"layer_idx: expected an integer, got an array of {layer_idx.dtype} and shape {layer_idx.shape}: "
+                        "log decays are given by name, as g_gamma=")
+    for name, x in ("layer_idx", layer_idx), ("num_layers", num_layers):
+        if x is None:
+            raise ValueError(f"{name}: expected both layer_idx and num_layers where g_gamma is not given, got None")
+    layer_idx, num_layers = _integer("layer_idx", layer_idx), _integer("num_layers", num_layers)
+    known = type(num_layers) is int
+    if known and not 1 <= num_layers < 2**31:
+        raise ValueError(f"num_layers: expected 1 to 2**31 - 1, got {num_layers}")
+    if type(layer_idx) is int and not 0 <= layer_idx < (num_layers if known else 2**31):
+        raise ValueError(f"layer_idx: expected 0 to num_layers - 1, got {layer_idx} of {num_layers if known else 'traced'}")
+    return layer_idx, num_layers
+
+
+def _scale(scale, K):
+    """The scale as a float, or as the scalar array that came where its value is not at hand."""
+    if scale is None:
+        return K**-0.5
+    if isinstance(scale, (jax.Array, np.ndarray)) and scale.shape != ():
+        raise ValueError(f"softmax_scale: expected a scalar, got shape {scale.shape}")
+    if not (_is_number(scale, jnp.floating) or _is_number(scale, jnp.integer)):
+        raise TypeError(f"softmax_scale: expected a real number, got {scale!r}")
+    if isinstance(scale, int):                                   # of any size: too large ones are infinite
+        return _scale(float(scale) if abs(scale) < 2**200 else math.inf, K)
+    if (value := _known(scale)) is None:
+        return scale
+    value, normal = float(value), jnp.finfo(jnp.float32)
+    # Kernels compute with it as a float32, and some flush what is not a normal number.
+    if not (value == 0 or float(normal.tiny) <= abs(value) <= float(normal.max)):
+        raise ValueError(f"softmax_scale: expected 0 or a normal number of float32, got {value!r}")
+    return value
+
+
+def _boundaries(cu, B, T):
+    """`cu_seqlens` as int32, checked where its values are at hand."""
+    if isinstance(cu, (list, tuple)):
+        if any(isinstance(x, jax.core.Tracer) for x in cu):
+            raise TypeError("cu_seqlens: expected an array or a list of numbers, got a list with a traced value: "
+                            "write jnp.array([...]) or jnp.stack([...])")
+        if not all(_is_number(x, jnp.integer) and np.shape(x) == () and (type(x) is not int or abs(x) < 2**63) for x in cu):
+            raise TypeError(f"cu_seqlens: expected integers, got {cu!r}")
+        cu = np.array([int(x) for x in cu], np.int64)
+    # Its values are read before they become int32, which would wrap large ones.
+    array = _array("cu_seqlens", cu, ("num_seqs + 1",), jnp.integer)
+    if B != 1:
+        raise ValueError(f"cu_seqlens: expected a batch of 1 to hold the packed sequences, got {B}")
+    if isinstance(array.shape[0], int) and array.shape[0] < 2:
+        raise ValueError(f"cu_seqlens: expected at least 2 boundaries, got {array.shape[0]}")
+    if (value := _known(cu)) is not None:
+        value = [int(x) for x in value]
+        if value[0] != 0:
+            lengths = min(value) >= 0 and sum(value) == T
+            hint = ". These look like lengths: it takes boundaries, not lengths" if lengths else ""
+            raise ValueError(f"cu_seqlens: expected to start at 0, got {value[0]} in {np.asarray(value)}{hint}")
+        if any(a > b for a, b in zip(value, value[1:])):
+            raise ValueError(f"cu_seqlens: expected boundaries that do not decrease, got {np.asarray(value)}")
+        if value[-1] > T:
+            raise ValueError(f"cu_seqlens: expected boundaries up to seq_len, {T}, got {value[-1]}")
+        return array.astype(jnp.int32)
+    # Traced values past the end stay past the end as int32, and negative ones negative.
+    if jnp.iinfo(array.dtype).max > 2**31 - 1:
+        low, high = max(jnp.iinfo(array.dtype).min, -1), 2**31 - 1
+        array = jnp.clip(array, jnp.asarray(low, array.dtype), jnp.asarray(high, array.dtype))
+    return array.astype(jnp.int32)
+
+
+def _swapped(x, axis, T, H):
+    """What to add to a message where `x` has as many heads, along `axis`, as there are tokens: query is [B, H, T, D] then."""
+    if getattr(x, "shape", ())[axis:axis + 1] != (T,) or T == H:
+        return ""
+    return f". query is [batch, seq_len, num_heads, head_dim], so here seq_len is {T} and num_heads {H}"
 
 
 def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
@@ -197,66 +340,53 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
     for name, x in ("key", k), ("value", v):
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected the dtype of query, {q.dtype}, got {x.dtype}")
+    if not all(isinstance(d, int) for d in (H, K, k.shape[2], V)):
+        raise ValueError(f"query: expected num_heads and head dims that are numbers, got {q.shape}, {k.shape} and {v.shape}")
     if H == 0 or k.shape[2] == 0 or H % k.shape[2]:
         raise ValueError(f"key: expected num_kv_heads to divide num_heads, got {k.shape[2]} and {H}")
     for name, d in ("query", K), ("value", V):
         if not 1 <= d <= 512:
             raise ValueError(f"{name}: expected a head dim from 1 to 512, got {d}")
-    if T > 2**30:
+    if not isinstance(T, int):                                   # jax.export
+        try:
+            long = bool(T >= 64)
+        except jax.errors.InconclusiveDimensionOperation:
+            long = False
+        if not long:
+            raise ValueError(f"query: expected a symbolic seq_len that is known to be 64 or more, got {T}: "
+                             f'jax.export.symbolic_shape(..., constraints=["{T} >= 64"])')
+    elif T > 2**30:
         raise ValueError(f"query: expected seq_len of at most 2**30, got {T}")
 
+    state_dtype = jnp.promote_types(q.dtype, jnp.float32)
     if g is not None and (layer_idx is not None or num_layers is not None):
         raise ValueError("g_gamma: expected either g_gamma or layer_idx and num_layers, got both")
     if g is None:
-        for name, x in ("layer_idx", layer_idx), ("num_layers", num_layers):
-            if x is None:
-                raise ValueError(f"{name}: expected both layer_idx and num_layers where g_gamma is not given, got None")
-        (layer_idx, layer), (num_layers, layers) = _integer("layer_idx", layer_idx), _integer("num_layers", num_layers)
-        if layers is not None and layers < 1:
-            raise ValueError(f"num_layers: expected at least 1, got {layers}")
-        if layer is not None and (layer < 0 or layers is not None and layer >= layers):
-            raise ValueError(f"layer_idx: expected 0 to num_layers - 1, got {layer} of {'traced' if layers is None else layers}")
-        g = lightning_g_gamma(H, layer_idx, num_layers)
+        g = lightning_g_gamma(H, layer_idx, num_layers, state_dtype)
     else:
-        g = _array("g_gamma", g, (H,), jnp.floating)
-        if (value := _known(g)) is not None and not (value <= 0).all():
+        given, g = g, _array("g_gamma", g, (H,), jnp.floating, _swapped(g, 0, T, H))
+        if (value := _known(given)) is not None and not (value <= 0).all():
             raise ValueError(f"g_gamma: expected log decays <= 0, got {value.max()}")
-    state_dtype = jnp.promote_types(q.dtype, jnp.float32)
+    # What could not be checked must not grow. (jnp.minimum would halve the gradient of those that are 0.)
+    g = jnp.where(g > 0, 0, g)
     g = jnp.maximum(g.astype(state_dtype), -1e5)                 # e^g is 0 from far before; -inf would give NaN where no token is between
 
-    if scale is None:
-        scale = K**-0.5
-    elif jnp.shape(scale) != ():
-        raise ValueError(f"softmax_scale: expected a scalar, got shape {jnp.shape(scale)}")
-    elif not (jnp.issubdtype(jnp.result_type(scale), jnp.floating) or jnp.issubdtype(jnp.result_type(scale), jnp.integer)):
-        raise TypeError(f"softmax_scale: expected a real number, got {scale!r}")
-    elif _known(scale) is None:                                  # kernels take a number: a traced scale goes into the query
-        q, scale = q * scale.astype(q.dtype), 1.0
+    scale = _scale(scale, K)
+    if not isinstance(scale, float):                             # kernels take a number: a traced scale goes into the query
+        q, scale = q * lax.convert_element_type(scale, q.dtype), 1.0
     if not isinstance(reverse, (bool, np.bool_)):
-        raise TypeError(f"reverse: expected True or False, got {reverse!r}")
+        hint = ": it is static, so a jit must not trace it (static_argnames)" if isinstance(reverse, jax.core.Tracer) else ""
+        raise TypeError(f"reverse: expected True or False, got {reverse!r}{hint}")
 
     n, count = B, "the batch"
     if cu is not None:
-        cu = _array("cu_seqlens", np.asarray(cu) if isinstance(cu, (list, tuple)) else cu, ("num_seqs + 1",), jnp.integer)
-        if B != 1:
-            raise ValueError(f"cu_seqlens: expected a batch of 1 to hold the packed sequences, got {B}")
-        if cu.shape[0] < 2:
-            raise ValueError(f"cu_seqlens: expected at least 2 boundaries, got {cu.shape[0]}")
-        if (value := _known(cu)) is not None:
-            if value[0] != 0:
-                raise ValueError(f"cu_seqlens: expected to start at 0, got {value[0]}")
-            if (np.diff(value.astype(np.int64)) < 0).any():
-                raise ValueError(f"cu_seqlens: expected boundaries that do not decrease, got {value}")
-            if value[-1] > T:
-                raise ValueError(f"cu_seqlens: expected boundaries up to seq_len, {T}, got {value[-1]}")
-        if jnp.iinfo(cu.dtype).max > 2**31 - 1:
-            cu = jnp.clip(cu, max(jnp.iinfo(cu.dtype).min, -1), 2**31 - 1)
-        cu, n, count = cu.astype(jnp.int32), cu.shape[0] - 1, "the number of packed sequences"
+        cu = _boundaries(cu, B, T)
+        n, count = cu.shape[0] - 1, "the number of packed sequences"
     if s0 is not None:
-        s0 = _array("initial_state", s0, ("n", H, K, V), jnp.floating).astype(state_dtype)
-        if s0.shape[0] != n:
+        if getattr(s0, "shape", ())[1:] == (H, K, V) and s0.shape[0] != n:
             raise ValueError(f"initial_state: expected {n} states, {count}, got {s0.shape[0]}")
-    return q, k, v, g, float(scale), s0, cu
+        s0 = _array("initial_state", s0, (n, H, K, V), jnp.floating, _swapped(s0, 1, T, H)).astype(state_dtype)
+    return q, k, v, g, scale, s0, cu
 
 
 # The scan that everything is made of --------------------------------------------------------------------------------------------
@@ -324,6 +454,7 @@ def _attend_bwd(op, saved, cotangents):
     return _gradients(op, saved, *(None if isinstance(x, SymbolicZero) else x for x in cotangents))
 
 
+@_promotes
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(op, saved, do, ds):
     q, k, v, g, s0, cu, _ = saved
@@ -376,12 +507,14 @@ def _attend_across(op, axes, q, k, v, g, s0):
     return _across_fwd(op, axes, q, k, v, g, s0)[0]
 
 
+@_promotes
 def _across_fwd(op, axes, q, k, v, g, s0):
     s_in, s = _exchange(op, axes, k, v, g, s0)
     o, left = _attend(op, q, k, v, _vary(g, q), s_in, None)
     return (o, s if op.final_state else None), (q, k, v, g, s0, s_in, left)
 
 
+@_promotes
 def _across_bwd(op, axes, saved, cotangents):
     q, k, v, g, s0, s_in, left = saved
     do, ds = cotangents
@@ -471,7 +604,7 @@ def _folded(op):
             x = jnp.broadcast_to(x, (N, B, *x.shape[2:]))
             return x.reshape(N * B, *x.shape[2:])
 
-        results = scan(*map(fold, (q, k, v, g, s0, cu, w), (*mapped[:4], *map(bool, mapped[4:]))))
+        results = _scan(op, *map(fold, (q, k, v, g, s0, cu, w), (*mapped[:4], *map(bool, mapped[4:]))))
         return jax.tree.map(lambda x: x.reshape(N, B, *x.shape[1:]), results), jax.tree.map(lambda _: True, results)
 
     return scan
@@ -486,9 +619,10 @@ def _sharded(op, *operands):
     """The scan with a sharding rule: each device scans its own batch rows and heads, and nothing is sent."""
     shapes = {name: x.shape for name, x in zip(_OPERANDS, operands) if x is not None}
     mesh = jax.sharding.get_abstract_mesh()
-    if not all(map(math.prod, shapes.values())) or mesh.manual_axes and mesh.are_all_axes_manual:
+    if not all(x.size for x in operands if x is not None) or mesh.manual_axes and mesh.are_all_axes_manual:
         return _on_platform(op, *operands)
-    call = custom_partitioning(functools.partial(_on_platform, op))
+    # jit, because custom_partitioning takes no constants: those that a call folds become its own
+    call = custom_partitioning(jax.jit(functools.partial(_on_platform, op)))
     call.def_partition(functools.partial(_partition, op, shapes, mesh), **_sharding_rule(op, shapes))
     return call(*operands)
 
@@ -577,6 +711,7 @@ def _heads_of_device(x, heads, devices, device):
     return jnp.take(x, (device * heads + jnp.arange(heads)) // group, axis=2)
 
 
+@_promotes
 def _on_platform(op, *operands):
     """Triton or plain JAX, chosen when the computation is lowered unless `op.backend` names one."""
     q, k, v, g, s0, cu, w = operands
@@ -668,7 +803,7 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
         return _one_by_one(_scan_xla, op, q, k, v, g, s0, cu, w)
     B, T, H, K, V, n = *q.shape[:2], g.shape[1], q.shape[3], v.shape[3], 1 if cu is None else cu.shape[1] - 1
     g = lax.optimization_barrier(g)                              # XLA would fold decays that it knows into large constants, and be slower
-    C, wide = min(T, 64), g.dtype
+    C, wide = min(64, T), g.dtype
     dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
 
     scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
@@ -1141,7 +1276,7 @@ class _Config:
     states_stages: int                                           # chunks of 64 tokens in flight there
 
 
-_SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}    # KiB a program
+_SHARED_MEMORY = {"sm_80": 163, "sm_87": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}    # KiB a program
 
 
 def _config(arch, K, V, dtype, B, T):
@@ -1169,13 +1304,13 @@ def _block(d):
 
 @functools.cache
 def _gpu():
-    """Architecture and number of processors of the first GPU; those of an H200 where there is none."""
+    """Architecture and number of processors of the first GPU; None where there is none."""
     try:
         gpu = jax.devices("gpu")[0]
         arch = gpu.compute_capability
         return arch.split(":")[0] if arch.startswith("gfx") else "sm_" + arch.replace(".", ""), gpu.core_count
     except RuntimeError:
-        return "sm_90", 132
+        return None
 
 
 def _launch(kernel, *arrays, out, programs, in_place=None, **arguments):
@@ -1209,7 +1344,7 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     """`swap` sums the states of segments with k and v exchanged: those of the transposed scan are the same call then, which XLA makes once."""
     K, V, dtype = q.shape[3], v.shape[3], q.dtype
     (B, T), HQ, H, n = q.shape[:2], q.shape[2], g.shape[1], 1 if cu is None else cu.shape[1] - 1
-    arch, processors = _gpu()
+    arch, processors = _gpu() or ("sm_90", 132)                  # traced, and never lowered, where there is no GPU
     config = _config(arch, K, V, dtype, B, T)
     if w is not None and not (config.kernel is _hopper_kernel and max(K, V) <= config.BK == config.BV):
         transposed = dataclasses.replace(op, final_state=False)
@@ -1245,7 +1380,9 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     piece = -(-T // (segments * M * C)) * C
     L = piece * M
     Z = -(-T // piece) if op.only_state else (T - 1) // L * M
-    precise = str(op.precision).lower() in ("highest", "float32", "high", "tensorfloat32_3x", "bfloat16_3x")
+    # jax.default_matmul_precision, or None: what is not named here asks for more than one pass of TF32
+    fast = "default", "bfloat16", "tensorfloat32", "F16_F16_F16", "F16_F16_F32", "BF16_BF16_BF16", "BF16_BF16_F32", "TF32_TF32_F32"
+    precise = op.precision is not None and op.precision not in fast and not op.precision.startswith("ANY_F8")
     precision = dict(PRECISION="ieee" if arch.startswith("gfx") else "tf32x3" if precise else "tf32")
 
     z = g                                                        # never read where no segment follows another

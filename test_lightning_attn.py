@@ -234,6 +234,7 @@ def interpreted(config, shares_memory):
         triton.knobs.runtime.interpret = False
     module.jax_triton = types.SimpleNamespace(triton_call=triton_call, TensorDescriptor=la.jax_triton.TensorDescriptor)
     module._in_place = lambda call, arrays, in_place: call(*arrays, in_place=in_place)
+    module._gpu = lambda: ("sm_90", 132)                          # which the interpreters stand for
     module._config = lambda *a: dataclasses.replace(c := config(*a), kernel=getattr(module, c.kernel.fn.__name__))
     for name, f in list(vars(module).items()):                   # what kernels call need not patch the language again, nor for good
         if isinstance(f, interpreter.InterpretedFunction) and not name.endswith("_kernel"):
@@ -800,7 +801,7 @@ def bad_calls():
         ("layer_idx float", dict(layer_idx=1.5), T, "layer_idx: expected an integer, got 1.5"),
         ("layer_idx bool", dict(layer_idx=True), T, "layer_idx: expected an integer, got True"),
         ("layer_idx array", dict(layer_idx=np.array([1, 2])), V, "layer_idx: expected a scalar, got shape (2,)"),
-        ("num_layers 0", dict(layer_idx=0, num_layers=0), V, "num_layers: expected at least 1, got 0"),
+        ("num_layers 0", dict(layer_idx=0, num_layers=0), V, "num_layers: expected 1 to 2**31 - 1, got 0"),
         ("num_layers missing", dict(num_layers=None), V, "num_layers: expected both layer_idx and num_layers"),
         ("layer_idx missing", dict(layer_idx=None), V, "layer_idx: expected both layer_idx and num_layers"),
         ("no decay", dict(layer_idx=None, num_layers=None), V, "layer_idx: expected both"),
@@ -812,8 +813,8 @@ def bad_calls():
         ("scale vector", dict(softmax_scale=x(4)), V, "softmax_scale: expected a scalar, got shape (4,)"),
         ("scale complex", dict(softmax_scale=1j), T, "softmax_scale: expected a real number, got 1j"),
         ("reverse no bool", dict(reverse="yes"), T, "reverse: expected True or False, got 'yes'"),
-        ("state rank", dict(initial_state=x(4, 16, 16)), V, "initial_state: expected shape [n, 4, 16, 16], got (4, 16, 16)"),
-        ("state heads", dict(initial_state=x(2, 2, 16, 16)), V, "initial_state: expected shape [n, 4, 16, 16]"),
+        ("state rank", dict(initial_state=x(4, 16, 16)), V, "initial_state: expected shape [2, 4, 16, 16], got (4, 16, 16)"),
+        ("state heads", dict(initial_state=x(2, 2, 16, 16)), V, "initial_state: expected shape [2, 4, 16, 16]"),
         ("state count", dict(initial_state=x(3, 4, 16, 16)), V, "initial_state: expected 2 states, the batch, got 3"),
         ("state integers", dict(initial_state=x(2, 4, 16, 16, dtype="int32")), T, "initial_state: expected floating point, got int32"),
         ("state count, packed", cu(0, 4, 8) | dict(initial_state=x(1, 4, 16, 16)), V, "initial_state: expected 2 states, the number of packed sequences, got 1"),
@@ -826,6 +827,37 @@ def bad_calls():
         ("boundaries past the end", cu(0, 9), V, "cu_seqlens: expected boundaries up to seq_len, 8, got 9"),
         ("backend", dict(backend="cuda"), V, 'backend: expected None, "triton" or "xla", got \'cuda\''),
         ("seq_axis with a pack", cu(0, 8) | dict(seq_axis="s"), V, "seq_axis: expected None with cu_seqlens"),
+        ("backend array", dict(backend=x(2)), V, 'backend: expected None, "triton" or "xla", got array('),
+        ("layer_idx text", dict(layer_idx="3"), T, "layer_idx: expected an integer, got '3'"),
+        ("layer_idx list", dict(layer_idx=[1]), T, "layer_idx: expected an integer, got [1]"),
+        ("layer_idx object", dict(layer_idx=V), T, "layer_idx: expected an integer, got <class 'ValueError'>"),
+        ("layer_idx huge", dict(layer_idx=10**400), V, "layer_idx: expected 0 to num_layers - 1, got 1000"),
+        ("layer_idx decays", dict(layer_idx=-x(4), num_layers=None), T, "log decays are given by name, as g_gamma="),
+        ("num_layers text", dict(num_layers="3"), T, "num_layers: expected an integer, got '3'"),
+        ("num_layers list", dict(num_layers=[1]), T, "num_layers: expected an integer, got [1]"),
+        ("num_layers object", dict(num_layers=V), T, "num_layers: expected an integer, got <class 'ValueError'>"),
+        ("num_layers huge", dict(num_layers=2**31), V, "num_layers: expected 1 to 2**31 - 1, got 2147483648"),
+        ("scale text", dict(softmax_scale="big"), T, "softmax_scale: expected a real number, got 'big'"),
+        ("scale dict", dict(softmax_scale={}), T, "softmax_scale: expected a real number, got {}"),
+        ("scale bool", dict(softmax_scale=True), T, "softmax_scale: expected a real number, got True"),
+        *((f"scale {s}", dict(softmax_scale=s), V, f"softmax_scale: expected 0 or a normal number of float32, got {float(s)!r}")
+          for s in (1e-40, -1e-40, 1e39, np.inf, np.nan, np.float64(1e39))),
+        ("scale huge", dict(softmax_scale=10**400), V, "softmax_scale: expected 0 or a normal number of float32, got inf"),
+        ("boundaries ragged", pack | dict(cu_seqlens=[0, [1, 8]]), T, "cu_seqlens: expected integers, got [0, [1, 8]]"),
+        ("boundaries object", pack | dict(cu_seqlens=V), T, "cu_seqlens: expected an array, got type"),
+        ("boundaries text", pack | dict(cu_seqlens=["0", "8"]), T, "cu_seqlens: expected integers, got ['0', '8']"),
+        ("boundaries past int32", cu(0, 2**32 + 5, dtype="int64"), V, "boundaries up to seq_len, 8, got 4294967301"),
+        ("boundaries past int32, listed", pack | dict(cu_seqlens=[0, 2**32 + 5]), V, "boundaries up to seq_len, 8, got 4294967301"),
+        ("boundaries past int64", pack | dict(cu_seqlens=[0, 2**70]), T, "cu_seqlens: expected integers, got [0, 1180591620717411303424]"),
+        ("boundaries uint64", cu(0, 2**63 + 5, dtype="uint64"), V, "boundaries up to seq_len, 8, got 9223372036854775813"),
+        ("lengths", cu(3, 5), V, "cu_seqlens: expected to start at 0, got 3 in [3 5]. These look like lengths: it takes boundaries"),
+        ("state count, number", dict(initial_state=x(2, 16, 16)), V, "initial_state: expected shape [2, 4, 16, 16], got (2, 16, 16)"),
+        ("state count, packed, number", cu(0, 4, 8, 8) | dict(initial_state=x(3, 4, 16)), V, "initial_state: expected shape [3, 4, 16, 16]"),
+        ("heads before tokens", gamma(-x(8)), V, "g_gamma: expected shape [4], got (8,). query is [batch, seq_len, num_heads, head_dim], so here seq_len is 8"),
+        ("state of heads before tokens", dict(initial_state=x(2, 8, 16, 16)), V, "here seq_len is 8 and num_heads 4"),
+        ("seq_axis number", dict(seq_axis=3), T, "seq_axis: expected the name of an axis of a shard_map around this call, got 3"),
+        ("seq_axis none", dict(seq_axis=()), T, "seq_axis: expected the name of an axis of a shard_map around this call, got ()"),
+        *([("no GPU", dict(backend="triton"), V, 'backend: expected None or "xla" where there is no GPU')] if HAS_TRITON and not HAS_GPU else []),
         ("seq_axis of no mesh", dict(seq_axis="nowhere"), V, "seq_axis: expected an axis of a shard_map around this call, got 'nowhere'"),
     ]
 
@@ -838,6 +870,155 @@ def test_wrong_calls(name, change, kind, words):
     with pytest.raises(kind) as info:
         lightning_attn(**good | change)
     assert words in str(info.value)
+
+
+def test_numbers_of_any_make():
+    """Python's, numpy's and JAX's, as scalars and as arrays without axes."""
+    x = jnp.ones((1, 8, 4, 8))
+    want = lightning_attn(x, x, x, 1, 4, 0.5)
+    for number in np.int64, np.uint8, np.array, jnp.int32, jnp.uint8:
+        close(lightning_attn(x, x, x, number(1), number(4), np.float32(0.5)), want)
+    for scale in np.float64(0.5), np.array(0.5), np.float16(0.5), jnp.bfloat16(0.5), jnp.array(0.5):
+        close(lightning_attn(x, x, x, 1, 4, scale), want)
+    close(lightning_attn(x, x, x, 1, 4, np.int8(2)), lightning_attn(x, x, x, 1, 4, 2))
+    want = lightning_attn(x, x, x, 1, 4, cu_seqlens=jnp.array([0, 3, 8]))
+    for cu in [0, 3, 8], (np.int64(0), jnp.int32(3), np.array(8)), np.array([0, 3, 8]), np.array([0, 3, 8], "uint64"), jnp.array([0, 3, 8], "int8"):
+        close(lightning_attn(x, x, x, 1, 4, cu_seqlens=cu), want)
+
+
+def test_messages_for_what_is_traced():
+    x = jnp.ones((1, 8, 4, 8))
+    with pytest.raises(TypeError, match=r"cu_seqlens: expected .* jnp.array\(\[...\]\) or jnp.stack"):
+        jax.jit(lambda n: lightning_attn(x, x, x, 1, 4, cu_seqlens=[0, n, 8]))(3)
+    with pytest.raises(TypeError, match="reverse: expected True or False, got .*static"):
+        jax.jit(lambda r: lightning_attn(x, x, x, 1, 4, reverse=r))(True)
+    with pytest.raises(ValueError, match="num_layers: expected 1 to 2"):
+        lightning_g_gamma(4, 0, 0)
+    with pytest.raises(ValueError, match="num_heads: expected an integer of at least 1, got 0"):
+        lightning_g_gamma(0, 0, 1)
+
+
+def test_decays_that_cannot_be_checked_do_not_grow():
+    """A traced decay above 0 counts as 0, with no gradient; that of a decay of 0 is whole. So do layers past the last one."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 70, 4, 8)), "float32")
+    g = jnp.array([0, 0.5, np.inf, -0.5])
+    loss = lambda g: lightning_attn(x, x, x, g_gamma=g)[1].sum()
+    value, dg = jax.jit(jax.value_and_grad(loss))(g)
+    want, dwant = jax.value_and_grad(loss)(jnp.minimum(g, 0))
+    close(value, want)
+    close(dg, dwant * (g <= 0), 1e-3)
+    past = jax.jit(lambda layer: lightning_attn(x, x, x, layer, 4)[1])(9)
+    close(past, lightning_attn(x, x, x, g_gamma=jnp.zeros(4))[1])
+
+
+def test_float64_layers():
+    """Their decays are float64 as well, concrete and traced: 1 - 1/3 is no float32."""
+    with jax.enable_x64(True):
+        x = jnp.ones((1, 40, 3, 2), jnp.float64)
+        layer = lambda i: lightning_attn(x, x, x, i, 3)[1]
+        want = lightning_attn(x, x, x, g_gamma=(1 - 1 / 3) * -8 / 3 * np.arange(3))[1]
+        close([layer(1), jax.jit(layer)(1)], [want, want], 1e-13)
+        assert lightning_g_gamma(3, 1, 3).dtype == jax.jit(lightning_g_gamma, static_argnums=0)(3, 1, 3).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", ["xla", None])
+def test_strict_promotion(packed, backend):
+    """What a caller forbids in code of their own is not their concern here."""
+    q, k = jnp.ones((1, 70, 4, 8), "bfloat16"), jnp.ones((1, 70, 2, 8), "bfloat16")
+    cu, s0, g, layer = jnp.array([0, 30, 60]), jnp.ones((2 if packed else 1, 4, 8, 8), "float16"), -jnp.ones(4), jnp.int32(1)
+    pack = dict(cu_seqlens=cu) if packed else {}
+    total = lambda o, s: o.astype(jnp.float32).sum() + s.sum()
+    loss = lambda q, k, s0, g: total(*lightning_attn(q, k, k, initial_state=s0, g_gamma=g, backend=backend, **pack))
+    jax.clear_caches()
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        run = jax.value_and_grad(loss, (0, 1, 2, 3))
+        jax.jit(run)(q, k, s0, g)
+        jax.eval_shape(jax.vmap(run), *(x[None] for x in (q, k, s0, g)))
+        jax.eval_shape(jax.grad(lambda q: jax.grad(loss)(q, k, s0, g).astype(jnp.float32).sum()), q)
+        jax.eval_shape(lambda i, n, scale: lightning_attn(q, k, k, i, n, scale, backend=backend, **pack), layer, layer, jnp.float32(1))
+        jax.eval_shape(lambda q: lightning_attn_reference(q, k, k, 1, 4, initial_state=s0, **pack), q)
+        lightning_g_gamma(4, layer, np.int16(4))
+
+
+@pytest.mark.skipif(len(jax.devices()) < 4, reason="fewer than 4 devices")
+@pytest.mark.parametrize("seq_axis", [None, "s"])
+def test_strict_promotion_on_many_devices(seq_axis):
+    mesh = jax.make_mesh((4,), ("s",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    x, g, s0 = jnp.ones((4, 80, 4, 8)), -jnp.ones(4), jnp.ones((4, 4, 8, 8))
+    f = lambda x, g, s0: lightning_attn(x, x, x, g_gamma=g, initial_state=s0, seq_axis=seq_axis)
+    if seq_axis:
+        f = jax.shard_map(f, mesh=mesh, in_specs=(P(None, "s"), P(), P()), out_specs=(P(None, "s"), P()))
+    x, s0 = (jax.device_put(y, jax.NamedSharding(mesh, P() if seq_axis else P("s"))) for y in (x, s0))
+    jax.clear_caches()
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        jax.jit(jax.grad(lambda *a: sum(y.sum() for y in f(*a)), (0, 1, 2)))(x, g, s0)
+
+
+def test_nothing_is_fetched_while_tracing():
+    """A deleted array stands for one whose values are on a device: to read it is an error."""
+    x, x8 = jnp.ones((1, 70, 2, 8)), jnp.array([0, 70], jnp.int8)
+    g, layer = jnp.array([-0.1, -0.2]), jnp.int32(1)
+    for array in g, layer, x8:
+        array.delete()
+    call = lambda x, *args, **kwargs: lightning_attn(x, x, x, *args, **kwargs)[0].sum()
+    jax.eval_shape(jax.grad(lambda x: call(x, g_gamma=g)), x)
+    jax.eval_shape(jax.grad(lambda x: call(x, layer, 2)), x)
+    jax.eval_shape(jax.grad(lambda x: call(x, 1, 2, cu_seqlens=x8)), x)
+    jaxpr = jax.make_jaxpr(jax.jit(jax.grad(lambda x: call(x, 1, 2))))(x)
+    assert not any(isinstance(c, jax.Array) for c in jaxpr.consts)
+
+
+def test_decays_on_other_hosts_are_not_fetched(monkeypatch):
+    g = jnp.array([-0.1, 0.2])
+    monkeypatch.setattr(type(g), "is_fully_addressable", False)
+    assert la._known(g) is None
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+def test_precision_by_name():
+    """Whatever is not known to be one pass of TF32 or less is more than that."""
+    x = jax.ShapeDtypeStruct((1, 70, 2, 16), "float32")
+    precise = "high highest float32 F32_F32_F32 TF32_TF32_F32_X3 BF16_BF16_F32_X3 BF16_BF16_F32_X6 BF16_BF16_F32_X9 F64_F64_F64".split()
+    fast = [None, *"default bfloat16 tensorfloat32 TF32_TF32_F32 BF16_BF16_F32 BF16_BF16_BF16 F16_F16_F32 F16_F16_F16 ANY_F8_ANY_F8_F32".split()]
+    for name in precise + fast:
+        with jax.default_matmul_precision(name):
+            (_, _, arguments, _), = launches("sm_80", lambda x: lightning_attn(x, x, x, 1, 4, backend="triton"), x)
+        assert arguments["PRECISION"] == ("tf32x3" if name in precise else "tf32"), name
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+def test_gpus_without_matrix_products_in_triton():
+    """A T4 takes plain JAX, and says so where it is asked for kernels."""
+    x = jax.ShapeDtypeStruct((1, 70, 2, 16), "float32")
+    call = lambda backend: launches("sm_75", lambda x: lightning_attn(x, x, x, 1, 4, backend=backend), x)
+    assert not call(None)
+    with pytest.raises(ValueError, match='backend: expected None or "xla" .*got "triton" and sm_75'):
+        call("triton")
+
+
+def test_vmap_over_nothing():
+    x = jnp.ones((0, 1, 70, 2, 8))
+    f = lambda x: lightning_attn(x, x, x, 1, 2)
+    o, s = jax.vmap(f)(x)
+    assert o.shape == x.shape and s.shape == (0, 1, 2, 8, 8)
+    assert jax.vmap(jax.grad(lambda x: f(x)[0].sum()))(x).shape == x.shape
+
+
+@pytest.mark.parametrize("shape, constraints", [("b, 70, 2, 8", []), ("b, t, 2, 8", ["t >= 64"])])
+def test_export_of_symbolic_shapes(shape, constraints):
+    spec = lambda constraints: jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, constraints=constraints), jnp.float32)
+    f = lambda backend: jax.jit(lambda x: lightning_attn(x, x, x, 1, 2, backend=backend))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 70, 2, 8)), "float32")
+    close(jax.export.export(f("xla"))(spec(constraints)).call(x), f("xla")(x))
+    if HAS_TRITON:
+        with pytest.raises(ValueError, match='backend: expected "xla" for symbolic shapes'):
+            jax.export.export(f(None))(spec(constraints))
+    if constraints:
+        with pytest.raises(ValueError, match=r"query: expected a symbolic seq_len that is known to be 64 or more, got t: .*t >= 64"):
+            jax.export.export(f("xla"))(spec([]))
+    with pytest.raises(ValueError, match="query: expected num_heads and head dims that are numbers"):
+        jax.eval_shape(f("xla"), jax.ShapeDtypeStruct(jax.export.symbolic_shape("1, 70, h, 8"), jnp.float32))
 
 
 def test_without_triton():
