@@ -902,7 +902,9 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, T
     s0 += ((b * n + sequence) * H + h) * K * V
     s += ((b * n + sequence) * H + h) * K * V
     z += ((b * Z + slot * M - 1) * H + h) * K * V
-    S = _enter(tl.full([BV, BK], 0.0, tl.float32), z, s0, cv * K + ck, state, inside, place, sequence, way // 8 % 2, gm * L, HAS_S0)
+    # a sequence that reads nothing, tokens that belong to none included, ends with what it starts from, whatever that holds
+    enters = tl.where(read > 0, sequence, -1)
+    S = _enter(tl.full([BV, BK], 0.0, tl.float32), z, s0, cv * K + ck, state, inside, place, enters, way // 8 % 2, gm * L, HAS_S0)
 
     rank = (C - 1) * reverse + turn * tl.arange(0, C)
     far = rank[None, :] - rank[:, None]                          # [j, i]
@@ -926,6 +928,9 @@ def _scan_kernel(q, k, v, g, s0, z, table, o, s, B, T, L, H, R, n, HQ, HK, HV, T
         S = tl.dot(tl.trans((vs * dk[:, None]).to(vs.dtype)), ks, S * tl.exp2(gm * m), input_precision=PRECISION)
     if after == 0:
         if sequence >= 0:
+            if HAS_S0:
+                if read <= 0:
+                    S += tl.load(s0 + state, mask=inside, other=0.0)
             tl.store(s + state, S, mask=inside)
 
 
@@ -1040,7 +1045,9 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, o, s, y, B, T, L
     s0 += ((b * n + sequence) * H + h) * K * V
     s += ((b * n + sequence) * H + h) * K * V
     z += ((b * Z + slot * M - 1) * H + h) * K * V
-    S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LS), z, s0, cv * K + ck, state, inside, place, sequence, way // 8 % 2, gm * L, HAS_S0)
+    # a sequence that reads nothing, tokens that belong to none included, ends with what it starts from, whatever that holds
+    enters = gl.where(read > 0, sequence, -1)
+    S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LS), z, s0, cv * K + ck, state, inside, place, enters, way // 8 % 2, gm * L, HAS_S0)
 
     dtype: gl.constexpr = qd.dtype
     flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -1117,6 +1124,9 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, o, s, y, B, T, L
             phase ^= 1
     if after == 0:
         if sequence >= 0:
+            if HAS_S0:
+                if read <= 0:
+                    S += gl.load(s0 + state, mask=inside, other=0.0)
             gl.store(s + state, S, mask=inside)
 
 

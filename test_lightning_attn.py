@@ -538,6 +538,9 @@ def test_padding_and_neighbours_may_hold_anything(path, reverse):
             assert error(x[:, part], y[:, part]) < 1e-5, NAMES[i]
     for i in 1, 5:
         assert error(np.asarray(got[i])[[0, 2]], want[i][[0, 2]]) < 1e-5, NAMES[i]
+    past = lambda x: x.at[:, 140:].set(jnp.nan)
+    got = everything(path, past(q), past(k), past(v), s0, past(do), ds, g, reverse=reverse, cu_seqlens=jnp.array(cu))
+    assert error_of_dg(got[6], want[6], want[7]) < DG_BAR["float32"]
     one_head = everything(path, q.at[:, :, 1].set(jnp.nan), jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2), s0, do, ds, g, reverse=reverse, cu_seqlens=jnp.array(cu))
     assert error(np.asarray(one_head[0])[:, :, 0], want[0][:, :, 0]) < 1e-5
 
@@ -547,19 +550,47 @@ def test_padding_and_neighbours_may_hold_anything(path, reverse):
     ([0, 20, -5, 40, 60], [(0, 0, 20), (3, 40, 60)]), ([0, 20, 2**31 - 1, 40, 60], [(0, 0, 20), (3, 40, 60)]), ([0, 50, 30, 60], [(0, 0, 50)]),
     ([5, 30, 60, 2**31 - 1], [(0, 5, 30), (1, 30, 60)]), ([-2**31, 2**31 - 1, -1, 0], []), ([60, 40, 20, 0], [])])
 def test_malformed_traced_boundaries(path, cu, good):
-    """What cannot be checked does no harm: well-formed sequences of the pack stay right, every other token's output is 0."""
+    """What cannot be checked does no harm: well-formed sequences of the pack stay right, every other token's output is 0, and
+    every other sequence counts as empty: states and their gradients pass through it."""
     q, k, v, s0, do, ds = inputs(9, 1, 60, 2, 2, 16, 16, n=len(cu) - 1)
-    got = everything(path, q, k, v, s0, do, ds, np.array([-0.1, 0.0]), cu_seqlens=jnp.array(cu, jnp.int32))
-    rest = np.ones(60, bool)
+    g, bad = np.array([-0.1, 0.0]), [i for i in range(len(cu) - 1) if i not in [x[0] for x in good]]
+    got = everything(path, q, k, v, s0, do, ds, g, cu_seqlens=jnp.array(cu, jnp.int32))
+    assert np.array_equal(got[1][bad,], s0[bad,]) and np.array_equal(got[5][bad,], ds[bad,])
+    reference = jax.jit(lambda cu: lightning_attn_reference(q, k, v, g_gamma=jnp.asarray(g), initial_state=s0, cu_seqlens=cu))
+    with jax.default_matmul_precision("highest"):
+        close(got[:2], reference(jnp.array(cu, jnp.int32)), 1e-5)
+    rest, dg, squares = np.ones(60, bool), np.zeros(2), np.zeros(2)
     for i, start, end in good:
         cut = lambda x: x[:, start:end]
         want = oracle(cut(q), cut(k), cut(v), np.array([-0.1, 0.0]), 0.25, s0[i:i + 1], cut(do), ds[i:i + 1])
         for j in 0, 2, 3, 4:
             assert error(cut(got[j]), want[j]) < 1e-5
-        assert error(got[1][i:i + 1], want[1]) < 1e-5
-        rest[start:end] = False
+        for j in 1, 5:
+            assert error(got[j][i:i + 1], want[j]) < 1e-5
+        rest[start:end], dg, squares = False, dg + want[6], squares + want[7]**2
+    assert error_of_dg(got[6], dg, np.sqrt(squares)) < DG_BAR["float32"]
     for j in 0, 2, 3, 4:
         assert (np.asarray(got[j])[:, rest] == 0).all()
+
+
+@each_path
+@pytest.mark.parametrize("reverse", [False, True])
+def test_states_of_sequences_without_tokens_may_hold_anything(path, reverse):
+    """NaN in the last sequence, or in the state that an empty or malformed one starts from, reaches nothing else."""
+    q, k, v, s0, do, ds = inputs(8, 1, 160, 2, 1, 16, 16, n=4)
+    g, cu = np.asarray(lightning_g_gamma(2, 3, 8), np.float64), [0, 70, -3, 100, 100]
+    want = oracle(*(x[:, :70] for x in (q, k, v)), g, 0.25, s0[:1], do[:, :70], ds[:1], reverse)
+    spoil = lambda x: x.at[1].set(jnp.nan).at[3].set(jnp.inf)
+    # the third sequence is malformed as well: it starts at -3
+    got = everything(path, q, k, v, spoil(s0).at[2].set(jnp.nan), do, ds, g, reverse=reverse, cu_seqlens=jnp.array(cu))
+    for i in 0, 2, 3, 4:
+        assert error(np.asarray(got[i])[:, :70], want[i]) < 1e-5 and (np.asarray(got[i])[:, 70:] == 0).all(), NAMES[i]
+    assert np.array_equal(got[5][1:], ds[1:]) and error(got[5][:1], want[5]) < 1e-5 and error(got[1][:1], want[1]) < 1e-5
+    assert error_of_dg(got[6], want[6], want[7]) < DG_BAR["float32"]
+    last = lambda x: x.at[:, 70:140].set(jnp.nan)
+    got = everything(path, last(q), last(k), last(v), s0[:2], do, ds[:2], g, reverse=reverse, cu_seqlens=jnp.array([0, 70, 140]))
+    for i in 0, 2, 3, 4:
+        assert error(np.asarray(got[i])[:, :70], want[i]) < 1e-5 and (np.asarray(got[i])[:, 140:] == 0).all(), NAMES[i]
 
 
 @each_path
