@@ -93,9 +93,10 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
       final_state: [n, num_heads, qk_head_dim, v_head_dim], float32 (float64 for float64 inputs).
 
     Accuracy: states, decays and sums are float32. float32 inputs follow `jax.default_matmul_precision`: TF32 by default on GPUs,
-    "high" and "highest" for float32. Gradients have the dtype of what they are gradients of. That of `g_gamma` is a float32 sum of
-    differences that cancel, taken from the rounded gradients of `query` and `key`: for bfloat16 inputs expect a relative error of up to
-    5e-2, for float16 of up to 1e-2. float16 states round to float16 where they meet queries, and overflow there past 65504.
+    "high" and "highest" for float32. Gradients have the dtype of what they are gradients of. That of `g_gamma` is float32
+    throughout: for each head, relative to its value or, where its terms cancel, to the root of the sum of their squares, it is off
+    by at most 2e-3 for float32 at "highest", by 1e-2 for 16 bits and TF32. It takes a scan in plain JAX on any backend, of about
+    twice the products of a forward one, and nothing where it is not asked for. float16 states round to float16 where they meet queries, and overflow there past 65504.
 
     Raises:
       TypeError, ValueError: naming the argument, what was expected and what came, before anything runs.
@@ -569,17 +570,19 @@ def _tables(T, cu, *rest):
 
 # The scan in plain JAX ----------------------------------------------------------------------------------------------------------
 #
-# Chunks of C tokens are rows of `_table`, and G groups of N chunks are the steps of a `lax.scan`. Everything that multiplies
-# is done for all chunks of a group at once; only the states pass from chunk to chunk, in an inner `lax.scan` of sums.
-# Chunks lie in the order of their tokens, whichever the direction: a scan that goes back walks them from the last one.
+# Chunks of C tokens are rows of `_table`, and G groups of N chunks are the steps of a `lax.scan`. A
+# group multiplies for all its chunks at once; only states pass from chunk to chunk, in an inner scan
+# of sums. Chunks lie in the order of their tokens: a scan that goes back starts with the last one.
 
-GROUP = 16                                                       # chunks at most
+CHUNK, GROUP = 64, 16                                            # tokens a chunk, chunks a group; at most
 
 
 def _chunks(T, cu, groups_of):
-    """C and the work of all groups, [G, B | 1, N, 7]: rows of `_table`, the last group filled with rows of -1."""
-    C = -(-T // -(-T // 64))                                     # chunks of equal length leave the fewest tokens to pad
-    if cu is not None:                                           # a sequence that is shorter than a chunk wastes the rest of it
+    """C and the work of all groups, [G, B | 1, N, 7]: rows of `_table`, and of -1 to fill the last."""
+    # chunks of equal length leave the fewest tokens to pad
+    C = -(-T // -(-T // CHUNK))
+    # a sequence that is shorter than a chunk wastes the rest of it
+    if cu is not None:
         C = min(C, max(16, _block(T // (cu.shape[1] - 1))))
     table = _tables(T, cu, C, False)
     R = table.shape[1]
@@ -590,7 +593,8 @@ def _chunks(T, cu, groups_of):
 
 
 def _columns(op, work):
-    """Of chunks: first token, tokens to read, whether a sequence starts and ends with them, which one (or -1); [B | 1, N] each."""
+    """Of chunks, [B | 1, N]: first token, tokens to read, whether a sequence starts and ends with them,
+    and which one (or -1)."""
     first, _, read, sequence, place, after, _ = jnp.moveaxis(work, -1, 0)
     begins, ends = (after == 0, place == 0) if op.reverse else (place == 0, after == 0)
     return first, jnp.maximum(read, 0), begins, ends, sequence
@@ -602,7 +606,8 @@ def _by_chunk(xs):
 
 
 def _load_chunks(x, first, read, C, H, packed, wide):
-    """Tokens of the chunks at first [B | 1, N] of x [B, T, Hx, D] as [B, N, H, C, D]: zeros where no sequence has tokens."""
+    """Tokens of x [B, T, Hx, D] in the chunks at first [B | 1, N] as [B, N, H, C, D]: 0 where no
+    sequence has tokens."""
     (B, _, Hx, D), N, i = x.shape, first.shape[1], jnp.arange(C)
     if packed:
         t = jnp.broadcast_to(first[..., None] + i, (B, N, C))
@@ -614,13 +619,28 @@ def _load_chunks(x, first, read, C, H, packed, wide):
 
 
 def _decays(op, g, read, C):
-    """What chunks with so many tokens [B | 1, N] decay: exponents far [i, j], of reads and writes of the state [B | 1, N, 1, C],
-    and e(x) = e^{g x} for any exponents [B | 1, N, 1, ...], with g's heads in their third axis."""
+    """How chunks with so many tokens [B | 1, N] decay what queries read of the state and what keys
+    leave in it, as exponents [B | 1, N, 1, C, 1] and as powers [B | 1, N, H, C, 1], and the state
+    itself [B | 1, N, H, 1, 1]."""
     i = jnp.arange(C)
-    rank = read[..., None, None] - 1 - i if op.reverse else jnp.broadcast_to(i, (*read.shape, 1, C))
-    far = (i[:, None] - i) * (-1 if op.reverse else 1)
-    e = lambda x: jnp.exp(g.reshape(-1, 1, g.shape[1], *(1,) * (x.ndim - 3)) * jnp.maximum(x, 0))
-    return far, rank + (not op.post), read[..., None, None] - 1 - rank + op.post, e
+    rank = read[..., None] - 1 - i if op.reverse else jnp.broadcast_to(i, (*read.shape, C))
+    reads, leaves = rank + (not op.post), read[..., None] - 1 - rank + op.post
+    reads, leaves = (x[:, :, None, :, None] for x in (reads, leaves))
+    # XLA would put them where they multiply, and take a power for each number there
+    exponents = reads, leaves, read[:, :, None, None, None]
+    eq, ek, eS = lax.optimization_barrier(tuple(_power(g, x) for x in exponents))
+    return reads, leaves, eq, ek, eS
+
+
+def _power(g, x):
+    """e^{g x}, or 1 where x < 0, for decays g [B | 1, H] and exponents [B | 1, N, 1, ., .]."""
+    return jnp.exp(g[:, None, :, None, None] * jnp.maximum(x, 0))
+
+
+def _distances(op, C):
+    """From token j to token i in scan order, [i, j]: the same in all chunks, full or not."""
+    i = jnp.arange(C)
+    return (i[:, None] - i) * (-1 if op.reverse else 1)
 
 
 def _states_of(x, sequence):
@@ -641,15 +661,19 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
     """A group of chunks at a time; results as `_scan`'s."""
     if w is not None:
         return _one_by_one(_scan_xla, op, q, k, v, g, s0, cu, w)
-    B, T, H, K, V, n = *q.shape[:2], g.shape[1], q.shape[3], v.shape[3], 1 if cu is None else cu.shape[1] - 1
-    g = lax.optimization_barrier(g)                              # XLA would fold decays that it knows into large constants, and be slower
+    B, T, H, K, V = *q.shape[:2], g.shape[1], q.shape[3], v.shape[3]
+    n = 1 if cu is None else cu.shape[1] - 1
+    # XLA would fold decays that it knows into large constants, and be slower
+    g = lax.optimization_barrier(g)
     packed, wide = cu is not None, g.dtype
     C, works = _chunks(T, cu, GROUP)
     dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
     scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
     q, k, v = (_whole_groups(x, works, C, packed) for x in (q, k, v))
+    far = _distances(op, C)
+    D = jnp.where(far >= 0, scale_k * _power(g, far[None, None, None]), 0)    # [B | 1, 1, H, i, j]
 
-    def link(S, chunk):                                          # the state before a chunk, and where it ends, the one after it
+    def link(S, chunk):                                          # the states before and after a chunk
         Z, keep, begins, sequence = chunk
         if packed:
             begins = begins[:, None, None, None]
@@ -661,21 +685,29 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
         S, s = carry
         first, read, begins, ends, sequence = _columns(op, work)
         qs, ks, vs = (_load_chunks(x, first, read, C, H, packed, wide) for x in (q, k, v))
-        far, reads, writes, e = _decays(op, g, read, C)
-        Z = dot("bnhjk,bnhjv->nbhkv", ks * (scale_k * e(writes))[..., None], vs)
-        chunks = Z, *_by_chunk((e(read[:, :, None, None, None]), begins, sequence))
+        _, _, eq, ek, eS = _decays(op, g, read, C)
+        Z = dot("bnhjk,bnhjv->nbhkv", ks * (scale_k * ek), vs)
+        chunks = Z, *_by_chunk((eS, begins, sequence))
         S, (before, left) = lax.scan(link, S, chunks, reverse=op.reverse)
         if packed:
             to = jnp.where(ends & (sequence >= 0), sequence, n)
             to = jnp.broadcast_to(to, (B, to.shape[1]))
             s = jax.vmap(lambda s, to, S: s.at[to].set(S, mode="drop"), (0, 0, 1))(s, to, left)
-        P = dot("bnhik,bnhjk->bnhij", qs, ks) * jnp.where(far >= 0, scale_k * e(far[None, None, None]), 0)
-        O = dot("bnhij,bnhjv->bnhiv", P, vs) + e(reads)[..., None] * dot("bnhik,nbhkv->bnhiv", qs, before)
+        P = dot("bnhik,bnhjk->bnhij", qs, ks) * D
+        O = dot("bnhij,bnhjv->bnhiv", P, vs) + eq * dot("bnhik,nbhkv->bnhiv", qs, before)
         return (S, s), (scale_q * O).swapaxes(2, 3).astype(v.dtype)
 
     S = jnp.zeros((B, H, K, V), wide) if packed or s0 is None else s0[:, 0]
-    s = jnp.zeros((B, n, H, K, V), wide) if packed else None     # every sequence has a chunk that ends it
-    (S, s), o = lax.scan(group, _vary((S, s), q, k, v, g, s0, works), works, reverse=op.reverse)
+    # every sequence has a chunk that ends it, so no 0 of these remains
+    s = jnp.zeros((B, n, H, K, V), wide) if packed else None
+
+    def group_or_nothing(carry, work):                           # half of a pack's rows may be without work
+        no_outputs = jnp.zeros((B, works.shape[2], C, H, V), v.dtype)
+        nothing = lambda carry, work: (carry, _vary(no_outputs, q, k, v, g, s0, works))
+        return lax.cond((work[..., 1] >= 0).any(), group, nothing, carry, work)
+
+    carry = _vary((S, s), q, k, v, g, s0, works)
+    (S, s), o = lax.scan(group_or_nothing if packed else group, carry, works, reverse=op.reverse)
     if op.only_state:
         o = jnp.zeros((B, 0, H, V), v.dtype)
     else:
@@ -685,47 +717,57 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
 
 
 def _from_chunks(o, works, T, C):
-    """Outputs of chunks [B, G N C, H, V] in the order of tokens, [B, T, H, V]: 0 for tokens of no sequence."""
-    first, tokens, read = jnp.moveaxis(works[..., :3], (3, 1), (0, 1)).reshape(3, works.shape[1], -1)   # [B | 1, R]
+    """Outputs of chunks [B, G N C, H, V] for tokens, [B, T, H, V]: 0 for those of no sequence."""
+    rows = jnp.moveaxis(works[..., :3], (3, 1), (0, 1))          # [3, B | 1, G, N]
+    first, tokens, read = rows.reshape(3, works.shape[1], -1)
 
     def row(o, first, tokens, read):
         t = jnp.arange(T)
         of = jnp.searchsorted(jnp.where(tokens < 0, T, first + tokens), t, side="right")
         return jnp.where((read[of] > 0)[:, None, None], o[of * C + t - first[of]], 0)
+
     axis = 0 if works.shape[1] > 1 else None
     first, tokens, read = (x if axis == 0 else x[0] for x in (first, tokens, read))
     return jax.vmap(row, (0, axis, axis, axis))(o, first, tokens, read)
 
 
 def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
-    """The gradient of g for cotangents do and ds (or None), [B, H]: in forward mode, <do, do/dg> + <ds, ds/dg>, because the
-    reverse one sums p_i q_i.dq_i - p_j k_j.dk_j over positions p, which cancels to noise where a head forgets.
+    """The gradient of g for cotangents do and ds (or None), [B, H], in forward mode: the derivatives of
+    o and s along dg = 1, times do and ds. Reverse mode sums p_i q_i.dq_i - p_j k_j.dk_j over positions
+    p, which cancels to noise where a head forgets.
 
     Along dg = 1 the states have the derivatives W: over a chunk of C tokens
-        S' = e^{gC} S + sum_j e^{g c_j} k_j v_j^T         W' = e^{gC} (W + C S) + sum_j c_j e^{g c_j} k_j v_j^T
+        S' = e^{gC} S + sum_j e^{g c_j} k_j v_j^T
+        W' = e^{gC} (W + C S) + sum_j c_j e^{g c_j} k_j v_j^T
     and the outputs' derivatives, which are never made, add to the result
-        sum_i e^{g r_i} q_i (W + r_i S) do_i^T + sum_{j<=i} (p_i - p_j) e^{g (p_i - p_j)} (q_i.k_j) (v_j.do_i)
+        sum_i e^{g r_i} q_i (W + r_i S) do_i^T
+        + sum_{j<=i} (p_i - p_j) e^{g (p_i - p_j)} (q_i.k_j) (v_j.do_i)
     """
     B, T, H, K, V = *q.shape[:2], g.shape[1], q.shape[3], v.shape[3]
-    if not (q.size and v.size):                                  # without tokens states end as they start
+    # without tokens states end as they start
+    if not (q.size and v.size):
         return _vary(jnp.zeros((B, H), g.dtype), q, k, v, g, s0, do, ds)
     packed, wide = cu is not None, g.dtype
     C, works = _chunks(T, cu, GROUP)
     dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
+    scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
     q, k, v, do = (_whole_groups(x, works, C, packed) for x in (q, k, v, do))
+    far = _distances(op, C)
+    D = far * jnp.where(far > 0, op.scale * _power(g, far[None, None, None]), 0)    # [B | 1, 1, H, i, j]
 
     def link(carry, chunk):
         S, W, total = carry                                      # [B, H, K, V] twice, [B, H]
-        (Z, dZ, Q, dQ), keep, read, begins, ends, sequence = chunk
+        (Z, Zw, Q, Qw), keep, read, begins, ends, sequence = chunk
+        # states of an empty sequence may be NaN
+        entered = jnp.where(read > 0, sequence, -1)
         if packed:
             begins = begins[:, None, None, None]
-            entered = jnp.where(read > 0, sequence, -1)          # what an empty sequence starts from may be NaN
             S = jnp.where(begins, 0 if s0 is None else _states_of(s0, entered), S)
             W = jnp.where(begins, 0, W)
-        total += (dQ * S + Q * W).sum((-1, -2))
-        S, W = keep * S + Z, keep * (W + read[:, None, None, None].astype(wide) * S) + dZ
+        total += (Qw * S + Q * W).sum((-1, -2))
+        S, W = keep * S + Z, keep * (W + read[:, None, None, None].astype(wide) * S) + Zw
         if ds is not None:
-            left = jnp.where(ends[:, None, None, None], _states_of(ds, sequence), 0)
+            left = jnp.where(ends[:, None, None, None], _states_of(ds, entered), 0)
             total += jnp.where(ends[:, None, None, None], left * W, 0).sum((-1, -2))
         return (S, W, total), None
 
@@ -733,15 +775,13 @@ def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
         S, W, total = carry
         first, read, begins, ends, sequence = _columns(op, work)
         qs, ks, vs, dos = (_load_chunks(x, first, read, C, H, packed, wide) for x in (q, k, v, do))
-        far, reads, writes, e = _decays(op, g, read, C)
-        weight = far * jnp.where(far > 0, op.scale * e(far[None, None, None]), 0)
+        reads, leaves, eq, ek, eS = _decays(op, g, read, C)
         products = dot("bnhik,bnhjk->bnhij", qs, ks) * dot("bnhiv,bnhjv->bnhij", dos, vs)
-        total += (weight * products).sum((1, 3, 4))
-        into = (ks * ((op.scale if op.post else 1.0) * e(writes))[..., None], vs)
-        out = (qs * ((1.0 if op.post else op.scale) * e(reads))[..., None], dos)
-        sums = [dot("bnhjk,bnhjv->nbhkv", times * x, y) for x, y, by in ((*into, writes), (*out, reads))
-                for times in (1, by[..., None].astype(wide))]
-        chunks = sums, *_by_chunk((e(read[:, :, None, None, None]), read, begins, ends, sequence))
+        total += (D * products).sum((1, 3, 4))
+        ks, qs = ks * (scale_k * ek), qs * (scale_q * eq)
+        pairs = (ks, vs), (leaves.astype(wide) * ks, vs), (qs, dos), (reads.astype(wide) * qs, dos)
+        sums = [dot("bnhjk,bnhjv->nbhkv", x, y) for x, y in pairs]
+        chunks = sums, *_by_chunk((eS, read, begins, ends, sequence))
         return lax.scan(link, (S, W, total), chunks, reverse=op.reverse)[0], None
 
     S = jnp.zeros((B, H, K, V), wide) if packed or s0 is None else s0[:, 0]
