@@ -115,10 +115,11 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
       final_state: [n, num_heads, qk_head_dim, v_head_dim], float32 (float64 for float64 inputs).
 
     Accuracy: states, decays and sums are float32. float32 inputs follow `jax.default_matmul_precision`: TF32 by default on GPUs,
-    "high" and "highest" for float32. Gradients have the dtype of what they are gradients of. That of `g_gamma` is a float32 sum of
-    differences that cancel, taken from the rounded gradients of `query` and `key`: for bfloat16 inputs expect a relative error of up to
-    5e-2, for float16 of up to 1e-2. float16 states and scaled
-    scores, q_i.k_j times `softmax_scale`, round to float16 where they are multiplied, and overflow there past 65504.
+    "high" and "highest" for float32. Gradients have the dtype of what they are gradients of. That of `g_gamma` is float32
+    throughout: for each head, relative to its value or, where its terms cancel, to the root of the sum of their squares, it is off
+    by at most 2e-3 for float32 at "highest", by 1e-2 for 16 bits and TF32. It takes a scan in plain JAX on any backend, of about
+    twice the products of a forward one, and nothing where it is not asked for. float16 states
+    and scaled scores, q_i.k_j times `softmax_scale`, round to float16 where they are multiplied, and overflow there past 65504.
 
     Raises:
       TypeError, ValueError: naming the argument, what was expected and what came, before anything runs.
@@ -172,7 +173,10 @@ def lightning_attn_reference(query, key, value, layer_idx=None, num_layers=None,
     s = jnp.zeros((n, H, K, V), dtype) if s is None else s
     k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
     token = jnp.arange(T)
-    member = jnp.ones((T, B), bool) if cu is None else (cu[:-1] <= token[:, None]) & (token[:, None] < cu[1:])   # [T, n]
+    member = jnp.ones((T, B), bool)                              # [T, n]
+    if cu is not None:
+        bounds, is_sequence = _intervals(T, cu)
+        member = is_sequence[1:-1] & (bounds[1:-2] <= token[:, None]) & (token[:, None] < bounds[2:-1])
 
     def step(s, x):
         q, k, v, member = x                                      # [B, H, K], [B, H, K], [B, H, V], [n]
@@ -446,8 +450,10 @@ def _forward(op, *operands):
 
 
 def _attend_fwd(op, *operands):
-    o, s = _attend(op, *operands)
-    return (o, s), (*operands, s)
+    """What is saved ends with () where the gradient of g is wanted: it costs a scan of its own."""
+    wanted = () if operands[3].perturbed else None
+    operands = custom_vjp_primal_tree_values(operands)
+    return _attend(op, *operands), (*operands, wanted)
 
 
 def _attend_bwd(op, saved, cotangents):
@@ -457,32 +463,29 @@ def _attend_bwd(op, saved, cotangents):
 @_promotes
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(op, saved, do, ds):
-    q, k, v, g, s0, cu, _ = saved
-    return _in_auto_mode(functools.partial(_gradients_by_scans, op), (saved, do, ds), (*map(_spec, (q, k, v, g, s0)), None))
+    q, k, v, g, s0, _, wants_dg = saved
+    specs = *map(_spec, (q, k, v, g if wants_dg is not None else None, s0)), None
+    return _in_auto_mode(functools.partial(_gradients_by_scans, op), (saved, do, ds), specs)
 
 
 def _gradients_by_scans(op, saved, do, ds):
-    q, k, v, g, s0, cu, s = saved
+    q, k, v, g, s0, cu, wants_dg = saved
     do = jnp.zeros((*q.shape[:2], g.shape[1], v.shape[3]), v.dtype) if do is None or op.only_state else do
     op = dataclasses.replace(op, only_state=False, final_state=False)
     dq, _ = _attend(op, do, v, k, g, _transposed(s0), cu)
     dv, ds0, dk = _attend_both(dataclasses.replace(op.adjoint(), final_state=s0 is not None), k, q, do, g, ds, cu, v)
 
-    # o and s depend on g through e^{g (p_i - p_j)}, e^{g p_i} and e^{g (n - p_j)}: what q_i gains with p_i, k_j loses with p_j.
-    p, count = _positions(op, q.shape[1], cu)                    # [B | 1, T], [B | 1, n]
-    H, wide = g.shape[1], g.dtype
-    dot = lambda x, dx: (jnp.repeat(x, H // x.shape[2], axis=2).astype(wide) * dx.astype(wide)).sum(-1)
-    dg = (p.astype(wide)[..., None] * (dot(q, dq) - dot(k, dk))).sum(1)
-    if ds is not None:
-        dg += (count.astype(wide)[..., None] * (s * ds).sum((-1, -2))).sum(1)
-    dg = dg if g.shape[0] > 1 else dg.sum(0, keepdims=True)
+    dg = None
+    if wants_dg is not None:
+        dg = _decay_gradient(op, q, k, v, g, s0, cu, do, ds)
+        dg = dg if g.shape[0] > 1 else dg.sum(0, keepdims=True)
     dq, dk, dv = (_to_heads(dx, x.shape[2], x.dtype) for dx, x in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, dg, ds0, None
 
 
 _attend_anywhere, _attend_local = (jax.custom_vjp(_forward, nondiff_argnums=(0,)) for _ in range(2))
-_attend_anywhere.defvjp(lambda op, *operands: _attend_fwd(op, *custom_vjp_primal_tree_values(operands)), _attend_bwd, symbolic_zeros=True)
-_attend_local.defvjp(_attend_fwd, _attend_bwd)
+_attend_anywhere.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+_attend_local.defvjp(lambda op, *operands: (_attend(op, *operands), (*operands, ())), _attend_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -510,18 +513,18 @@ def _attend_across(op, axes, q, k, v, g, s0):
 @_promotes
 def _across_fwd(op, axes, q, k, v, g, s0):
     s_in, s = _exchange(op, axes, k, v, g, s0)
-    o, left = _attend(op, q, k, v, _vary(g, q), s_in, None)
-    return (o, s if op.final_state else None), (q, k, v, g, s0, s_in, left)
+    o, _ = _attend(dataclasses.replace(op, final_state=False), q, k, v, _vary(g, q), s_in, None)
+    return (o, s if op.final_state else None), (q, k, v, g, s0, s_in)
 
 
 @_promotes
 def _across_bwd(op, axes, saved, cotangents):
-    q, k, v, g, s0, s_in, left = saved
+    q, k, v, g, s0, s_in = saved
     do, ds = cotangents
     checked = set(axes) <= _varying(q)                                 # else shard_map(check_vma=False) sums what devices give and hands
     devices = lax.axis_size(axes)                                # each its part of what they share
     r_in, ds0 = _exchange(op.adjoint(), axes, q, do, g, ds if checked else lax.psum(ds, axes))
-    dq, dk, dv, dg, *_ = _gradients(op, (q, k, v, _vary(g, q), s_in, None, left), do, r_in)
+    dq, dk, dv, dg, *_ = _gradients(op, (q, k, v, _vary(g, q), s_in, None, ()), do, r_in)
     if checked:
         dg = lax.psum(dg, tuple(_varying(dg) - _varying(g)))
     return dq, dk, dv, dg, None if s0 is None else ds0 if checked else ds0 / devices
@@ -781,69 +784,226 @@ def _tables(T, cu, *rest):
     return _table(T, None, *rest)[None] if cu is None else jax.vmap(lambda cu: _table(T, cu, *rest))(cu)
 
 
-def _positions(op, T, cu):
-    """Exponents p of the decay that tokens [B | 1, T] read a state with, and those that final states [B | 1, n] end with."""
-    t = jnp.arange(T)
-    if cu is None:
-        return (T - 1 - t if op.reverse else t)[None] + (not op.post), jnp.full((1, 1), T)
-
-    def row(cu):
-        bounds, _ = _intervals(T, cu)
-        of = jnp.searchsorted(bounds[1:], t, side="right")
-        p = bounds[1:][of] - 1 - t if op.reverse else t - bounds[of]
-        return p + (not op.post), (bounds[1:] - bounds[:-1])[1:-1]
-    return jax.vmap(row)(cu)
-
-
 # The scan in plain JAX ----------------------------------------------------------------------------------------------------------
+#
+# Chunks of C tokens are rows of `_table`, and G groups of N chunks are the steps of a `lax.scan`. A
+# group multiplies for all its chunks at once; only states pass from chunk to chunk, in an inner scan
+# of sums. Chunks lie in the order of their tokens: a scan that goes back starts with the last one.
+
+CHUNK, GROUP = 64, 16                                            # tokens a chunk, chunks a group; at most
+
+
+def _chunks(T, cu, groups_of):
+    """C and the work of all groups, [G, B | 1, N, 7]: rows of `_table`, and of -1 to fill the last."""
+    # chunks of equal length leave the fewest tokens to pad
+    C = -(-T // -(-T // CHUNK))
+    # a sequence that is shorter than a chunk wastes the rest of it
+    if cu is not None:
+        C = min(C, max(16, _block(T // (cu.shape[1] - 1))))
+    table = _tables(T, cu, C, False)
+    R = table.shape[1]
+    G = -(-R // groups_of)
+    N = -(-R // G)
+    table = jnp.pad(table, ((0, 0), (0, G * N - R), (0, 0)), constant_values=-1)
+    return C, jnp.moveaxis(table.reshape(-1, G, N, 7), 1, 0)
+
+
+def _columns(op, work):
+    """Of chunks, [B | 1, N]: first token, tokens to read, whether a sequence starts and ends with them,
+    and which one (or -1)."""
+    first, _, read, sequence, place, after, _ = jnp.moveaxis(work, -1, 0)
+    begins, ends = (after == 0, place == 0) if op.reverse else (place == 0, after == 0)
+    return first, jnp.maximum(read, 0), begins, ends, sequence
+
+
+def _by_chunk(xs):
+    """What an inner scan walks: arrays [B | 1, N, ...] with the chunks first."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), xs)
+
+
+def _load_chunks(x, first, read, C, H, packed, wide):
+    """Tokens of x [B, T, Hx, D] in the chunks at first [B | 1, N] as [B, N, H, C, D]: 0 where no
+    sequence has tokens."""
+    (B, _, Hx, D), N, i = x.shape, first.shape[1], jnp.arange(C)
+    if packed:
+        t = jnp.broadcast_to(first[..., None] + i, (B, N, C))
+        x = jax.vmap(lambda x, t: x.at[t].get(mode="clip"))(x, t)
+        x = jnp.where((i < read[..., None])[..., None, None], x, 0)
+    else:                                                        # padded with zeros to whole groups
+        x = lax.dynamic_slice_in_dim(x, first[0, 0], N * C, 1).reshape(B, N, C, Hx, D)
+    return jnp.repeat(x.astype(wide).swapaxes(2, 3), H // Hx, axis=2)
+
+
+def _decays(op, g, read, C):
+    """How chunks with so many tokens [B | 1, N] decay what queries read of the state and what keys
+    leave in it, as exponents [B | 1, N, 1, C, 1] and as powers [B | 1, N, H, C, 1], and the state
+    itself [B | 1, N, H, 1, 1]."""
+    i = jnp.arange(C)
+    rank = read[..., None] - 1 - i if op.reverse else jnp.broadcast_to(i, (*read.shape, C))
+    reads, leaves = rank + (not op.post), read[..., None] - 1 - rank + op.post
+    reads, leaves = (x[:, :, None, :, None] for x in (reads, leaves))
+    # XLA would put them where they multiply, and take a power for each number there
+    exponents = reads, leaves, read[:, :, None, None, None]
+    eq, ek, eS = lax.optimization_barrier(tuple(_power(g, x) for x in exponents))
+    return reads, leaves, eq, ek, eS
+
+
+def _power(g, x):
+    """e^{g x}, or 1 where x < 0, for decays g [B | 1, H] and exponents [B | 1, N, 1, ., .]."""
+    return jnp.exp(g[:, None, :, None, None] * jnp.maximum(x, 0))
+
+
+def _distances(op, C):
+    """From token j to token i in scan order, [i, j]: the same in all chunks, full or not."""
+    i = jnp.arange(C)
+    return (i[:, None] - i) * (-1 if op.reverse else 1)
+
+
+def _states_of(x, sequence):
+    """x[b, sequence[b]] of states x [B, n, H, K, V] as [B, H, K, V]; 0 for what is no sequence (-1)."""
+    x = jax.vmap(lambda x, i: lax.dynamic_index_in_dim(x, jnp.maximum(i, 0), keepdims=False))(
+        x, jnp.broadcast_to(sequence, x.shape[:1]))
+    return jnp.where((sequence >= 0)[:, None, None, None], x, 0)
+
+
+def _whole_groups(x, work, C, packed):
+    """x [B, T, ...], padded to the tokens of all groups where chunks are not gathered."""
+    G, _, N, _ = work.shape
+    rest = G * N * C - x.shape[1]
+    return x if packed or not rest else jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0)))
+
 
 def _scan_xla(op, q, k, v, g, s0, cu, w=None):
-    """Chunk by chunk with a `lax.scan`; results as `_scan`'s. On a CPU, chunks of 32 to 64 tokens were the fastest."""
+    """A group of chunks at a time; results as `_scan`'s."""
     if w is not None:
         return _one_by_one(_scan_xla, op, q, k, v, g, s0, cu, w)
-    B, T, H, K, V, n = *q.shape[:2], g.shape[1], q.shape[3], v.shape[3], 1 if cu is None else cu.shape[1] - 1
-    g = lax.optimization_barrier(g)                              # XLA would fold decays that it knows into large constants, and be slower
-    C, wide = min(64, T), g.dtype
+    B, T, H, K, V = *q.shape[:2], g.shape[1], q.shape[3], v.shape[3]
+    n = 1 if cu is None else cu.shape[1] - 1
+    # XLA would fold decays that it knows into large constants, and be slower
+    g = lax.optimization_barrier(g)
+    packed, wide = cu is not None, g.dtype
+    C, works = _chunks(T, cu, GROUP)
     dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
-
     scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
-    i = jnp.arange(C)
-    far = (i[:, None] - i) * (-1 if op.reverse else 1)           # the same in every chunk, whichever tokens of it are its own
+    q, k, v = (_whole_groups(x, works, C, packed) for x in (q, k, v))
+    far = _distances(op, C)
+    D = jnp.where(far >= 0, scale_k * _power(g, far[None, None, None]), 0)    # [B | 1, 1, H, i, j]
 
-    def row(q, k, v, g, s0, table):                              # [T, H, K], ..., [H], [n, H, K, V], [R, 7]
-        decay = lambda distance: jnp.exp(g[:, None, None] * jnp.maximum(distance, 0))
-        D = jnp.where(far >= 0, scale_k * decay(far), 0)
+    def link(S, chunk):                                          # the states before and after a chunk
+        Z, keep, begins, sequence = chunk
+        if packed:
+            begins = begins[:, None, None, None]
+            S = jnp.where(begins, 0 if s0 is None else _states_of(s0, sequence), S)
+        after = keep * S + Z
+        return after, (S, after if packed else None)
 
-        def chunk(carry, work):
-            o, s = carry
-            first, tokens, read, sequence = work[:4]
-            start = jnp.clip(first, 0, T - C)                    # C tokens, some of which may be another chunk's
-            t = start + i.astype(jnp.int32)
-            rank = first + tokens - 1 - t if op.reverse else t - first
-            mine = ((0 <= rank) & (rank < tokens))[:, None, None]
-            S = lax.dynamic_index_in_dim(s, sequence, keepdims=False)
+    def group(carry, work):                                      # [B | 1, N, 7]
+        S, s = carry
+        first, read, begins, ends, sequence = _columns(op, work)
+        qs, ks, vs = (_load_chunks(x, first, read, C, H, packed, wide) for x in (q, k, v))
+        _, _, eq, ek, eS = _decays(op, g, read, C)
+        Z = dot("bnhjk,bnhjv->nbhkv", ks * (scale_k * ek), vs)
+        chunks = Z, *_by_chunk((eS, begins, sequence))
+        S, (before, left) = lax.scan(link, S, chunks, reverse=op.reverse)
+        if packed:
+            to = jnp.where(ends & (sequence >= 0), sequence, n)
+            to = jnp.broadcast_to(to, (B, to.shape[1]))
+            s = jax.vmap(lambda s, to, S: s.at[to].set(S, mode="drop"), (0, 0, 1))(s, to, left)
+        P = dot("bnhik,bnhjk->bnhij", qs, ks) * D
+        O = dot("bnhij,bnhjv->bnhiv", P, vs) + eq * dot("bnhik,nbhkv->bnhiv", qs, before)
+        return (S, s), (scale_q * O).swapaxes(2, 3).astype(v.dtype)
 
-            def load(x):                                         # [C, Hx, D] -> [H, C, D]: zeros where no sequence has tokens
-                x = lax.dynamic_slice_in_dim(x, start, C).astype(wide)
-                x = jnp.where(mine & (read > 0), x, 0).swapaxes(0, 1)
-                return jnp.repeat(x, H // x.shape[0], axis=0)
+    S = jnp.zeros((B, H, K, V), wide) if packed or s0 is None else s0[:, 0]
+    # every sequence has a chunk that ends it, so no 0 of these remains
+    s = jnp.zeros((B, n, H, K, V), wide) if packed else None
 
-            qs, ks, vs = map(load, (q, k, v))
-            P = dot("hik,hjk->hij", qs, ks) * D
-            O = dot("hij,hjv->hiv", P, vs) + decay(rank[:, None] + (not op.post)) * dot("hik,hkv->hiv", qs, S)
-            S = decay(read) * S + dot("hjk,hjv->hkv", ks * (scale_k * decay((read - 1 - rank + op.post)[:, None])), vs)
-            O = (scale_q * O).swapaxes(0, 1).astype(o.dtype)
-            O = jnp.where(mine, O, lax.dynamic_slice_in_dim(o, start, C))
-            return (lax.dynamic_update_slice_in_dim(o, O, start, 0), lax.dynamic_update_index_in_dim(s, S, sequence, 0)), None
+    def group_or_nothing(carry, work):                           # half of a pack's rows may be without work
+        no_outputs = jnp.zeros((B, works.shape[2], C, H, V), v.dtype)
+        nothing = lambda carry, work: (carry, _vary(no_outputs, q, k, v, g, s0, works))
+        return lax.cond((work[..., 1] >= 0).any(), group, nothing, carry, work)
 
-        o, s = lax.scan(chunk, _vary((jnp.zeros((T, H, V), v.dtype), s0), q, k, v, g, s0, table), table)[0]
-        return o[:0] if op.only_state else o, s
-
-    s0 = jnp.zeros((B, n, H, K, V), wide) if s0 is None else s0
-    table = _tables(T, cu, C, op.reverse)
-    g, table = (x if x.shape[0] > 1 else x[0] for x in (g, table))
-    o, s = jax.vmap(row, (0, 0, 0, 0 if g.ndim > 1 else None, 0, 0 if table.ndim > 2 else None))(q, k, v, g, s0, table)
+    carry = _vary((S, s), q, k, v, g, s0, works)
+    (S, s), o = lax.scan(group_or_nothing if packed else group, carry, works, reverse=op.reverse)
+    if op.only_state:
+        o = jnp.zeros((B, 0, H, V), v.dtype)
+    else:
+        o = jnp.moveaxis(o, 0, 1).reshape(B, -1, H, V)           # [B, G N C, H, V]
+        o = _from_chunks(o, works, T, C) if packed else o[:, :T]
+    s = s if packed else S[:, None]
     return o, s if op.final_state else None, None
+
+
+def _from_chunks(o, works, T, C):
+    """Outputs of chunks [B, G N C, H, V] for tokens, [B, T, H, V]: 0 for those of no sequence."""
+    rows = jnp.moveaxis(works[..., :3], (3, 1), (0, 1))          # [3, B | 1, G, N]
+    first, tokens, read = rows.reshape(3, works.shape[1], -1)
+
+    def row(o, first, tokens, read):
+        t = jnp.arange(T)
+        of = jnp.searchsorted(jnp.where(tokens < 0, T, first + tokens), t, side="right")
+        return jnp.where((read[of] > 0)[:, None, None], o[of * C + t - first[of]], 0)
+
+    axis = 0 if works.shape[1] > 1 else None
+    first, tokens, read = (x if axis == 0 else x[0] for x in (first, tokens, read))
+    return jax.vmap(row, (0, axis, axis, axis))(o, first, tokens, read)
+
+
+def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
+    """The gradient of g for cotangents do and ds (or None), [B, H], in forward mode: the derivatives of
+    o and s along dg = 1, times do and ds. Reverse mode sums p_i q_i.dq_i - p_j k_j.dk_j over positions
+    p, which cancels to noise where a head forgets.
+
+    Along dg = 1 the states have the derivatives W: over a chunk of C tokens
+        S' = e^{gC} S + sum_j e^{g c_j} k_j v_j^T
+        W' = e^{gC} (W + C S) + sum_j c_j e^{g c_j} k_j v_j^T
+    and the outputs' derivatives, which are never made, add to the result
+        sum_i e^{g r_i} q_i (W + r_i S) do_i^T
+        + sum_{j<=i} (p_i - p_j) e^{g (p_i - p_j)} (q_i.k_j) (v_j.do_i)
+    """
+    B, T, H, K, V = *q.shape[:2], g.shape[1], q.shape[3], v.shape[3]
+    # without tokens states end as they start
+    if not (q.size and v.size):
+        return _vary(jnp.zeros((B, H), g.dtype), q, k, v, g, s0, do, ds)
+    packed, wide = cu is not None, g.dtype
+    C, works = _chunks(T, cu, GROUP)
+    dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
+    scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
+    q, k, v, do = (_whole_groups(x, works, C, packed) for x in (q, k, v, do))
+    far = _distances(op, C)
+    D = far * jnp.where(far > 0, op.scale * _power(g, far[None, None, None]), 0)    # [B | 1, 1, H, i, j]
+
+    def link(carry, chunk):
+        S, W, total = carry                                      # [B, H, K, V] twice, [B, H]
+        (Z, Zw, Q, Qw), keep, read, begins, ends, sequence = chunk
+        # states of an empty sequence may be NaN
+        entered = jnp.where(read > 0, sequence, -1)
+        if packed:
+            begins = begins[:, None, None, None]
+            S = jnp.where(begins, 0 if s0 is None else _states_of(s0, entered), S)
+            W = jnp.where(begins, 0, W)
+        total += (Qw * S + Q * W).sum((-1, -2))
+        S, W = keep * S + Z, keep * (W + read[:, None, None, None].astype(wide) * S) + Zw
+        if ds is not None:
+            left = jnp.where(ends[:, None, None, None], _states_of(ds, entered), 0)
+            total += jnp.where(ends[:, None, None, None], left * W, 0).sum((-1, -2))
+        return (S, W, total), None
+
+    def group(carry, work):
+        S, W, total = carry
+        first, read, begins, ends, sequence = _columns(op, work)
+        qs, ks, vs, dos = (_load_chunks(x, first, read, C, H, packed, wide) for x in (q, k, v, do))
+        reads, leaves, eq, ek, eS = _decays(op, g, read, C)
+        products = dot("bnhik,bnhjk->bnhij", qs, ks) * dot("bnhiv,bnhjv->bnhij", dos, vs)
+        total += (D * products).sum((1, 3, 4))
+        ks, qs = ks * (scale_k * ek), qs * (scale_q * eq)
+        pairs = (ks, vs), (leaves.astype(wide) * ks, vs), (qs, dos), (reads.astype(wide) * qs, dos)
+        sums = [dot("bnhjk,bnhjv->nbhkv", x, y) for x, y in pairs]
+        chunks = sums, *_by_chunk((eS, read, begins, ends, sequence))
+        return lax.scan(link, (S, W, total), chunks, reverse=op.reverse)[0], None
+
+    S = jnp.zeros((B, H, K, V), wide) if packed or s0 is None else s0[:, 0]
+    carry = _vary((S, jnp.zeros_like(S), jnp.zeros((B, H), wide)), q, k, v, g, s0, works, do, ds)
+    return lax.scan(group, carry, works, reverse=op.reverse)[0][2]
 
 
 # The kernels --------------------------------------------------------------------------------------------------------------------
@@ -1012,7 +1172,9 @@ def _scan_kernel(q, k, v, g, s0, z, table, s, o, B, T, L, H, R, n, HQ, HK, HV, T
         ck, cv = part * BK + tl.arange(0, BK)[None, :], i_v * BV + tl.arange(0, BV)[:, None]
         inside = (ck < K) & (cv < V)
         state = ck * V + cv
-        S = _enter(tl.full([BV, BK], 0.0, tl.float32), z, s0, cv * K + ck, state, inside, place, sequence, way // 8 % 2, gm * L, HAS_S0)
+        # a sequence that reads nothing, tokens that belong to none included, ends with what it starts from, whatever that holds
+        enters = tl.where(read > 0, sequence, -1)
+        S = _enter(tl.full([BV, BK], 0.0, tl.float32), z, s0, cv * K + ck, state, inside, place, enters, way // 8 % 2, gm * L, HAS_S0)
         for c in range((tokens + C - 1) // C):
             m = tl.minimum(tokens - c * C, C)
             t = (tokens - C) * reverse + turn * C * c
@@ -1029,6 +1191,9 @@ def _scan_kernel(q, k, v, g, s0, z, table, s, o, B, T, L, H, R, n, HQ, HK, HV, T
             S = tl.dot(tl.trans((vs * dk[:, None]).to(vs.dtype)), ks, S * tl.exp2(gm * m), input_precision=PRECISION)
         if (after == 0) & (way // 16 % 2 > 0):
             if sequence >= 0:
+                if HAS_S0:
+                    if read <= 0:
+                        S = tl.load(s0 + state, mask=inside, other=0.0)
                 tl.store(s + state, S, mask=inside)
         if NK > 1:
             tl.debug_barrier()                                   # threads reread outputs that others of the program wrote
@@ -1151,7 +1316,9 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, s, o, y, B, T, L
         cv = column_v + gl.arange(0, BV, gl.SliceLayout(1, LS))[:, None]
         inside = (ck < K) & (cv < V)
         state = ck * V + cv
-        S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LS), z, s0, cv * K + ck, state, inside, place, sequence, way // 8 % 2, gm * L,
+        # a sequence that reads nothing, tokens that belong to none included, ends with what it starts from, whatever that holds
+        enters = gl.where(read > 0, sequence, -1)
+        S = _enter_gluon(gl.full([BV, BK], 0.0, gl.float32, LS), z, s0, cv * K + ck, state, inside, place, enters, way // 8 % 2, gm * L,
                          HAS_S0)
 
         # in the loop, because states pass through the same memory before and after
@@ -1228,6 +1395,9 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, s, o, y, B, T, L
                 phase ^= 1
         if (after == 0) & (way // 16 % 2 > 0):
             if sequence >= 0:
+                if HAS_S0:
+                    if read <= 0:
+                        S = gl.load(s0 + state, mask=inside, other=0.0)
                 gl.store(s + state, S, mask=inside)
         if NK > 1:
             gl.barrier()                                         # every warp is past the part: its outputs are read again
