@@ -1,4 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The lightning-attn-jax authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in
+# compliance with the License. You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is
+# distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and limitations under the License.
 """Lightning attention for JAX: linear attention with a fixed decay per head, for GPUs (Triton, Gluon) and all else (plain JAX).
 
 For one sequence and one head, with log decay g <= 0 and scale s, a state S of shape [K, V] is carried along the tokens:

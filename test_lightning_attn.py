@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of lightning_attn.py: `python test_lightning_attn.py` or `pytest test_lightning_attn.py`, beside the file.
+"""Tests of lightning_attn.py: `python test_lightning_attn.py`, or `pytest test_lightning_attn.py`.
 
-Cases are compared with a float64 oracle written here (numpy, O(T^2)) on every path that the machine has: plain JAX; the kernels on a
-GPU; where there is none, the Triton kernels in Triton's interpreter and the Gluon kernel on a machine of this file's own. What wants a GPU
-and found none is skipped; run as a script, the file says how many at the end.
+They test the lightning_attn.py that lies beside this file, in a package or not. Where none lies there
+they test the installed one.
+
+Cases are compared with a float64 oracle written here (numpy, O(T^2)) on every path that the machine
+has: plain JAX; the kernels on a GPU; where there is none, the Triton kernels in Triton's interpreter
+and the Gluon kernel on a machine of this file's own.
+
+As a script this file owns its process, so it gives JAX 8 virtual CPU devices. Under pytest it changes
+nothing of the process: cases that want 8 devices then run in a script of their own, which is one case.
 """
+import atexit
+import collections
 import dataclasses
 import functools
 import importlib.util
@@ -17,22 +25,133 @@ import sys
 import tempfile
 import threading
 import types
+import warnings
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_gpu_autotune_level=0"
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+import pytest
+
+BESIDE = pathlib.Path(__file__).resolve().with_name("lightning_attn.py")
+SCRIPT = "LIGHTNING_ATTN_TEST_SCRIPT"                            # the variable that tells workers
+DEVICES = "wants 8 CPU devices"
+
+
+# As a script ------------------------------------------------------------------------------------------------------------------
+
+def file_under_test():
+    return BESIDE if BESIDE.exists() else pathlib.Path(importlib.util.find_spec("lightning_attn").origin)
+
+
+class Summary:
+    """Chooses and orders the cases, and says at the end what ran, what passed and what was skipped."""
+
+    def pytest_collection_modifyitems(self, config, items):
+        if os.environ.get(SCRIPT) == "devices":
+            reasons = lambda case: {m.kwargs.get("reason") for m in case.iter_markers("skipif")}
+            config.hook.pytest_deselected(items=[case for case in items if DEVICES not in reasons(case)])
+            items[:] = [case for case in items if DEVICES in reasons(case)]
+        items.sort(key=lambda case: "sanitizer" not in case.name)                          # the longest first
+
+    def pytest_terminal_summary(self, terminalreporter):
+        stats = terminalreporter.stats
+        count = lambda outcome: len(stats.get(outcome, []))
+        names = {"xla": "in plain JAX", "gpu": "in the kernels on a GPU",
+                 "interpreter": "in the Triton kernels in Triton's interpreter",
+                 "gluon": "in the Gluon kernel on an emulator"}
+        def path(report):
+            return names.get(next((x for x in re.split(r"[\[\]-]", report.nodeid.rpartition("::")[2]) if x in names), None))
+        def listed(reports, of):
+            found = collections.Counter(map(of, reports))
+            return ", ".join(f"{n} {what or 'elsewhere'}" for what, n in found.most_common())
+        passed, skipped = stats.get("passed", []), stats.get("skipped", [])
+        reason = lambda report: report.longrepr[2].removeprefix("Skipped: ")
+        broken = count("failed") + count("error")
+        words = [f"Tested {file_under_test()}: {len(passed) + len(skipped) + broken} cases."]
+        words += [f"{len(passed)} passed ({listed(passed, path)})."] if passed else []
+        words += [f"{broken} FAILED." if broken else "None failed."]
+        words += [f"{len(skipped)} were skipped ({listed(skipped, reason)})."] if skipped else []
+        terminalreporter.write_line("\n" + " ".join(words))
+
+
+def main(arguments):
+    """Runs the tests in a process that is this file's own. `--devices`: only those that want 8 devices."""
+    devices = "--devices" in arguments
+    arguments = [a for a in arguments if a != "--devices"]
+    os.environ[SCRIPT] = "devices" if devices else "all"
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0",
+                                        "--xla_force_host_platform_device_count=8"])
+    if devices:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    alone = any(a.startswith(("-n", "--numprocesses", "--pdb")) for a in arguments)
+    if importlib.util.find_spec("xdist") and not alone:
+        arguments = ["-n", str(len(os.sched_getaffinity(0))), *arguments]
+    style = "console_output_style=count"
+    code = pytest.main([__file__, "-q", "-o", style, *arguments], [Summary()])
+    leave(code)
+
+
+def leave(code=0):
+    """Ends the process without Python's shutdown, in which nanobind lists objects of JAX as leaked."""
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":                                       # before JAX is imported, which reads XLA_FLAGS
+    main(sys.argv[1:])
+if SCRIPT in os.environ and "PYTEST_XDIST_WORKER" in os.environ:
+    atexit.register(leave)
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-import lightning_attn as la
-from lightning_attn import lightning_attn, lightning_attn_reference, lightning_g_gamma
 
-FILE = pathlib.Path(la.__file__)
+def load(name):
+    """The file under test as a module. The name is not its own: another file may have that."""
+    spec = importlib.util.spec_from_file_location(name, file_under_test())
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+la = load("lightning_attn_under_test")
+lightning_attn, lightning_attn_reference = la.lightning_attn, la.lightning_attn_reference
+lightning_g_gamma = la.lightning_g_gamma
+
+FILE = file_under_test()
 HAS_GPU = jax.default_backend() == "gpu"
 HAS_TRITON = la.triton is not None
+HAS_DEVICES = not HAS_GPU and len(jax.devices()) >= 8
+
+
+PROJECT = pathlib.Path(__file__).resolve().parent
+
+
+def ours():
+    """Whether this file lies in the project. A README beside a copy is somebody else's."""
+    about, readme = PROJECT / "pyproject.toml", PROJECT / "README.md"
+    return (about.exists() and readme.exists() and 'name = "lightning-attn-jax"' in about.read_text()
+            and re.match(r"# lightning.attn", readme.read_text(), re.IGNORECASE) is not None)
+
+
+in_the_project = pytest.mark.skipif(not ours(), reason="not in the project's folder")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def closing_sentence(request):
+    """Under pytest as well, the last line says which file was tested."""
+    plugins = request.config.pluginmanager
+    if SCRIPT not in os.environ and not plugins.has_plugin("lightning_attn"):
+        plugins.register(Summary(), "lightning_attn")
+
+
+def python(code, folder, **variables):
+    """Runs code in a Python of its own, in a folder that holds a copy of the file and nothing else. Returns what it prints."""
+    shutil.copy(FILE, folder / "lightning_attn.py")
+    env = {n: x for n, x in os.environ.items() if n != "PYTHONSAFEPATH"}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=env | variables)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
 
 
 # The paths ----------------------------------------------------------------------------------------------------------------------
@@ -227,10 +346,7 @@ def interpreted(config):
 
     triton.knobs.runtime.interpret = True
     try:
-        spec = importlib.util.spec_from_file_location("lightning_attn_interpreted", FILE)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        module = load("lightning_attn_interpreted")
     finally:
         triton.knobs.runtime.interpret = False
     module.jax_triton = types.SimpleNamespace(triton_call=triton_call, TensorDescriptor=la.jax_triton.TensorDescriptor)
@@ -840,42 +956,115 @@ def test_wrong_calls(name, change, kind, words):
     assert words in str(info.value)
 
 
-def test_without_triton():
-    """Where jax-triton is missing the file imports and works, and says what backend="triton" needs; so it does for an old jax."""
-    code = """
-import sys
-sys.modules["jax_triton"] = None
-import jax.numpy as jnp, lightning_attn as la
-x = jnp.ones((1, 4, 2, 8))
-la.lightning_attn(x, x, x, 0, 1)
-try: la.lightning_attn(x, x, x, 0, 1, backend="triton")
-except ValueError as e: assert "pip install" in str(e)
-else: raise SystemExit("no error")
-import jax
-jax.__version_info__ = (0, 10, 0)
-del sys.modules["lightning_attn"]
-try: import lightning_attn
-except ImportError as e: assert "jax>=0.11" in str(e)
-else: raise SystemExit("no error")
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=FILE.parent, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+def test_without_triton(monkeypatch):
+    """Where jax-triton is missing the file works without a warning, and says what "triton" needs."""
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bare = load("lightning_attn_bare")
+    x = jnp.ones((1, 4, 2, 8))
+    bare.lightning_attn(x, x, x, 0, 1)
+    with pytest.raises(ValueError, match=re.escape(la._INSTALL)):
+        bare.lightning_attn(x, x, x, 0, 1, backend="triton")
+
+
+@pytest.mark.parametrize("version, fits", [("0.9.2", False), ("0.10.1", False), ("0.10.2", True),
+                                           ("0.13.0.dev1", True)])
+def test_jax_that_is_too_old(version, fits, monkeypatch):
+    """The plain-JAX path runs from jax 0.10.2 on. An older one gets an ImportError."""
+    monkeypatch.setattr(jax, "__version__", version)
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    if fits:
+        load("lightning_attn_old")
+        return
+    with pytest.raises(ImportError, match=f"needs jax>=0.10.2 and found jax {version}: pip install"):
+        load("lightning_attn_old")
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
-@pytest.mark.parametrize("unfit", ["jax.__version_info__ = (0, 12, 0)", "from triton.experimental.gluon.language.nvidia import hopper; del hopper.tma.async_load"])
-def test_with_versions_that_do_not_fit_the_kernels(unfit):
-    """A newer jax or an older Triton gets a warning that says what the kernels need, and plain JAX."""
-    code = f"""
-import warnings, jax, jax.numpy as jnp
-{unfit}
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    import lightning_attn as la
-assert any("jax>=0.11,<0.12 and triton>=3.8,<3.10" in str(w.message) for w in caught) and la.triton is None
-x = jnp.ones((1, 4, 2, 8))
-la.lightning_attn(x, x, x, 0, 1)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=FILE.parent, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+@pytest.mark.parametrize("name, version", [
+    ("jax", "0.11.0"), ("jax", "0.13.0"), ("jax_triton", "0.3.1"), ("jax_triton", "0.5.0"),
+    ("triton", "3.6.0"), ("triton", "3.10.0"), ("jax_triton", None)])
+def test_versions_that_do_not_fit_the_kernels(name, version, monkeypatch):
+    """One warning says what was found, what it costs and what to install. Plain JAX runs."""
+    found = f"{name.replace('_', '-')} {version}"
+    if version is None:                                          # one that breaks when it is imported
+        found = "failed with AttributeError: no such thing"
+        monkeypatch.delitem(sys.modules, name)
+        finder = types.SimpleNamespace(find_spec=lambda n, *_: raise_(AttributeError("no such thing")) if n == name else None)
+        monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    else:
+        monkeypatch.setattr(importlib.import_module(name), "__version__", version)
+    with pytest.warns(UserWarning) as caught:
+        other = load("lightning_attn_unfit")
+    said, = (str(w.message) for w in caught)
+    assert found in said and "plain-JAX path" in said and la._INSTALL in said
+    assert other.triton is None
+    x = jnp.ones((1, 4, 2, 8))
+    other.lightning_attn(x, x, x, 0, 1)
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.skipif(not la._HAS_HOPPER, reason="no Triton with Gluon for Hopper")
+def test_triton_without_gluon_for_hopper(monkeypatch):
+    """Triton 3.7 lacks the Gluon kernel's copies: a Hopper GPU gets the Triton kernel and a warning."""
+    monkeypatch.delattr(la.hopper.tma, "async_load")
+    other = load("lightning_attn_3_7")
+    with pytest.warns(UserWarning) as caught:
+        config = other._config("sm_90", 128, 128, np.dtype("float16"), 1, 4096)
+    assert config.kernel is other._scan_kernel
+    said, = (str(w.message) for w in caught)
+    assert "triton" + la._HOPPER in said and f"found triton {la.triton.__version__}" in said
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+def test_dead_code_beside_a_kernel():
+    """jax calls jax-triton's rule for dead code with as many arguments as this jax has. The launch stays, what is dead goes."""
+    import triton
+    from jax.interpreters import partial_eval
+
+    @triton.jit
+    def kernel(x, o):
+        pass
+
+    def f(x):
+        return la.jax_triton.triton_call(x * 2, kernel=kernel, out_type=x, grid=(1,)), x * 3
+    jaxpr = jax.make_jaxpr(f)(jnp.ones(4)).jaxpr
+    kept, used = partial_eval.dce_jaxpr(jaxpr, [True, False])
+    assert len(jaxpr.eqns) == 3 and len(kept.eqns) == 2 and used == [True]
+
+
+@in_the_project
+def test_versions_agree():
+    """The ranges and the version in pyproject.toml, README.md, the guard and the messages are the same."""
+    import tomllib
+    about = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    readme = (PROJECT / "README.md").read_text()
+    project, extras = about["project"], about["project"]["optional-dependencies"]
+    kernels = la._KERNELS
+    cap = kernels["jax"].partition(",")[2]
+    required = dict(re.match(r"([\w-]+)(?:\[\w+\])?(.*)", x.split(";")[0].strip()).groups() for x in project["dependencies"])
+    assert required == {"jax": f"{la._JAX},{cap}", "numpy": ""}
+    for extra in "cuda13", "cuda12":
+        (own, wanted) = extras[extra]
+        assert own == "lightning-attn-jax[kernels]" and wanted == f"jax[{extra}]{kernels['jax']}"
+    found = dict(re.match(r"([\w-]+)([^;]*)", x.replace(" ", "")).groups() for x in extras["kernels"])
+    assert found == {name: kernels[name] for name in ("jax-triton", "triton")}
+    assert "version" in project["dynamic"] and re.fullmatch(r"\d+\.\d+\.\d+", la.__version__)
+    assert about["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "lightning_attn.__version__"}
+
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in readme.splitlines() if row.startswith("|")]
+    table = {row[0]: row[1:] for row in rows}
+    spaced = lambda versions: versions.replace(",", ", ")
+    assert table["plain JAX"] == [project["requires-python"], spaced(required["jax"]), "", ""]
+    assert table["kernels"] == [">=3.12", *map(spaced, kernels.values())]
+    stated = set(re.findall(r"(jax-triton|triton|jax)\s?(>=[\d.]+(?:,\s?<[\d.]+)?)", readme + FILE.read_text()))
+    for name, versions in stated:
+        allowed = {kernels.get(name), la._HOPPER} if name == "triton" else {kernels.get(name), la._JAX, f"{la._JAX},{cap}"}
+        assert versions.replace(" ", "") in allowed, (name, versions)
 
 
 def test_persistent_compilation_cache(tmp_path):
@@ -886,11 +1075,11 @@ from lightning_attn import lightning_attn
 x = jnp.ones((1, 70, 2, 8))
 print(float(jax.jit(jax.grad(lambda x: lightning_attn(x, x, x, 1, 4)[0].sum()))(x).sum()))
 """
-    run = lambda: subprocess.run([sys.executable, "-c", code], check=True, cwd=FILE.parent, capture_output=True, text=True,
-                                 env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}).stdout
-    first, cached = run(), sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith("-atime"))
+    (cache := tmp_path / "cache").mkdir()
+    run = lambda: python(code, tmp_path, JAX_COMPILATION_CACHE_DIR=str(cache))
+    first, cached = run(), sorted(p.name for p in cache.iterdir() if not p.name.endswith("-atime"))
     assert cached and run() == first
-    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith("-atime")) == cached
+    assert sorted(p.name for p in cache.iterdir() if not p.name.endswith("-atime")) == cached
 
 
 # What was tried to break it -----------------------------------------------------------------------------------------------------
@@ -1159,7 +1348,17 @@ def test_compute_sanitizer(tool):
 
 # Many devices: 8 virtual CPUs ---------------------------------------------------------------------------------------------------
 
-eight_cpus = pytest.mark.skipif(HAS_GPU, reason="8 virtual CPU devices")
+eight_cpus = pytest.mark.skipif(not HAS_DEVICES, reason=DEVICES)
+
+
+if not HAS_DEVICES:
+    def test_on_8_devices():
+        """The cases that want 8 CPU devices, in a script of their own: this process has no such devices."""
+        env = {n: x for n, x in os.environ.items() if not n.startswith("PYTEST_") and n != SCRIPT}
+        ran = subprocess.run([sys.executable, __file__, "--devices"], capture_output=True, text=True, env=env)
+        assert ran.returncode == 0 and DEVICES not in ran.stdout, ran.stdout + ran.stderr
+
+
 COLLECTIVE = r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
 
@@ -1335,13 +1534,12 @@ def test_training_step_on_data_tensor_and_sequence_parallel_devices(precise):
 
 # The README ---------------------------------------------------------------------------------------------------------------------
 
-README = FILE.parent / "README.md"
-
-
-@pytest.mark.skipif(not README.exists() or len(jax.devices()) < 4, reason="no README beside the file, or fewer than 4 devices")
-def test_snippets_of_the_readme():
+@in_the_project
+@eight_cpus
+def test_snippets_of_the_readme(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning_attn", la)
     names = {}
-    for snippet in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL):
+    for snippet in re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL):
         exec(snippet, names)
     assert names["states"].shape == (3, 4, 32, 32) and np.isfinite(names["gradient"]).all()
     whole = lightning_attn(names["q"], names["k"], names["v"], 0, 3)
@@ -1495,19 +1693,3 @@ def test_compiles_where_all_is_one(dtype, T, D, cu):
         if key not in built:
             built[key], _ = build(*launch, "sm_90")
     assert len(built) == (4 if T > 80 else 2)                       # with states given, and without
-
-
-class Summary:
-    """Says at the end how many cases want a GPU: a skipped case is not a passed one."""
-
-    def pytest_collection_modifyitems(self, items):
-        items.sort(key=lambda case: "sanitizer" not in case.name)                          # the longest first
-
-    def pytest_terminal_summary(self, terminalreporter):
-        count = sum("wants a GPU" in str(r.longrepr) for r in terminalreporter.stats.get("skipped", []))
-        terminalreporter.write_line(f"\n{count} cases want a GPU and were not run")
-
-
-if __name__ == "__main__":
-    workers = ["-n", str(len(os.sched_getaffinity(0)))] if importlib.util.find_spec("xdist") and "-n" not in sys.argv else []
-    sys.exit(pytest.main([__file__, "-q", *workers, *sys.argv[1:]], [Summary()]))
