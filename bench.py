@@ -8,6 +8,7 @@ clock    calls are queued for 0.2 s and waited for once, several rounds, the med
 """
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -29,8 +30,11 @@ LAYER = 12, 24
 PATIENCE = 900                                                   # seconds that a peer has for all its shapes, with what it tunes and compiles
 
 
-def say(*words):
-    print(*words, flush=True)
+MEASURED = {}                                                    # ms of each case so far: what Ctrl-C leaves
+
+
+def say(*words, end="\n"):
+    print(*words, flush=True, end=end)
 
 
 def rounds(queue, seconds=0.2, count=3):
@@ -77,7 +81,7 @@ def clock(cases):
     times = {}
     for (name, (_, make)), (queue, calls) in zip(cases.items(), programs):
         sets = make()
-        times[name] = rounds(functools.partial(queue, sets)) / calls
+        times[name] = MEASURED[str(name)] = rounds(functools.partial(queue, sets)) / calls
         say(f"    {name if isinstance(name, str) else ' '.join(map(str, name))}: {times[name]:.4f} ms")
     return times
 
@@ -315,50 +319,111 @@ def tune():
             say(f"D={D} {dtype}: {t:.3f} ms, {kernel} C={C} BV={BV} num_warps={warps} num_stages={stages}")
 
 
-def plot(path, lines, device):
+def plot(path, lines, device, what="batch 1, 16 heads of 128, bfloat16"):
     """Draws {contestant: {tokens: ms}}, log axes."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     for name, times in lines.items():
-        plt.loglog([int(tokens) for tokens in times], list(times.values()), marker="o", label=name if times else f"{name}: not measured")
-    plt.xlabel("tokens (batch 1, 16 heads of 128, bfloat16)"); plt.ylabel(f"forward on {device}, ms")
+        label = name if times else f"{name}: not measured"
+        plt.loglog([int(tokens) for tokens in times], list(times.values()), marker="o", label=label)
+    plt.xlabel(f"tokens ({what})"); plt.ylabel(f"forward on {device}, ms")
     plt.legend(); plt.grid(alpha=0.3)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     plt.savefig(path, dpi=120, bbox_inches="tight")
+    say(f"plotted in {path}")
 
 
-def on_a_cpu():
-    """Under two minutes: the error against the recurrence, and time that grows with T beside softmax attention's, which grows with T^2."""
+def cpu_time(f, *inputs):
+    """Shortest time of a call in ms, of as many calls as fit in 0.3 s, two at least."""
+    times, start = [], time.perf_counter()
+    while len(times) < 2 or time.perf_counter() - start < 0.3:
+        begin = time.perf_counter()
+        jax.block_until_ready(f(*inputs))
+        times.append(time.perf_counter() - begin)
+    return min(times) * 1e3
+
+
+def on_a_cpu(result, shapes, dtype):
+    """Under two minutes: the error against the recurrence, and the time beside that of softmax attention.
+
+    Lightning attention's time grows with T, softmax attention's with T^2. A row is printed part by part.
+    """
     from lightning_attn import lightning_attn, lightning_attn_reference
-    say("no GPU: plain JAX on the CPU, float32, 4 heads of 64, forward")
-    say(f"{'tokens':>8} {'lightning ms':>13} {'softmax ms':>11} {'error':>9}")
-    rows = []
-    for T in 512, 1024, 2048, 4096, 8192:
-        q, k, v, _ = draw(1, T, 4, 64, "float32")[0]
-        time_of = lambda f: min(rounds(lambda n: [jax.block_until_ready(f(q, k, v)) for _ in range(n)], 0.1) for _ in range(2))
-        fast = jax.jit(lambda q, k, v: lightning_attn(q, k, v, *LAYER)[0])
-        slow = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True))
-        want = jax.jit(lambda q, k, v: lightning_attn_reference(q, k, v, *LAYER)[0])(q, k, v)
-        error = float(jnp.linalg.norm(fast(q, k, v) - want) / jnp.linalg.norm(want))
-        rows.append(dict(tokens=T, lightning=time_of(fast), softmax=time_of(slow), error=error))
-        say(f"{T:>8} {rows[-1]['lightning']:>13.2f} {rows[-1]['softmax']:>11.2f} {error:>9.1e}")
+    ours = jax.jit(lambda q, k, v: lightning_attn(q, k, v, *LAYER)[0])
+    softmax = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True))
+    recurrence = jax.jit(lambda q, k, v: lightning_attn_reference(q, k, v, *LAYER)[0])
+    say(f"no GPU: plain JAX on the CPU, {dtype}, forward")
+    say(f"{'B, T, H, D':>18} {'lightning ms':>13} {'softmax ms':>11} {'error':>9}")
+    rows = result["cpu"] = []
+    for shape in shapes:
+        say(f"{', '.join(map(str, shape)):>18}", end=" ")
+        q, k, v, _ = draw(*shape, dtype)[0]
+        rows.append(row := dict(shape=shape, dtype=dtype))
+        got = jax.block_until_ready(ours(q, k, v)).astype(jnp.float32)      # compiles
+        row["lightning"] = cpu_time(ours, q, k, v)
+        say(f"{row['lightning']:>13.2f}", end=" ")
+        jax.block_until_ready(softmax(q, k, v))
+        row["softmax"] = cpu_time(softmax, q, k, v)
+        say(f"{row['softmax']:>11.2f}", end=" ")
+        want = recurrence(q, k, v).astype(jnp.float32)
+        row["error"] = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+        say(f"{row['error']:>9.1e}")
     a, b = rows[0], rows[-1]
-    say(f"16 times the tokens: lightning {b['lightning'] / a['lightning']:.0f} times the time, softmax {b['softmax'] / a['softmax']:.0f} times")
-    return dict(cpu=rows)
+    lengthened = a["shape"][:1] + a["shape"][2:] == b["shape"][:1] + b["shape"][2:]
+    if lengthened and b["shape"][1] > a["shape"][1]:
+        more = lambda name: f"{name} {b[name] / a[name]:.0f} times the time"
+        say(f"{b['shape'][1] / a['shape'][1]:g} times the tokens: {more('lightning')}, {more('softmax')}")
+
+
+def on_a_gpu(result, options, shapes):
+    rate = copy_rate()
+    result.update(device=jax.devices()[0].device_kind, jax=jax.__version__, copy_rate=rate)
+    say(f"{result['device']}, jax {jax.__version__}, copy rate {rate / 1e12:.2f} TB/s")
+    result["shapes"] = shapes_table(shapes, options.dtype, rate)
+    wanted, lengths = list(shapes), []
+    if not options.shapes:
+        result["further"] = further(rate)
+        wanted += [(B, 1, 32, 128) for B in (1, 64, 256)]
+    if options.plot:
+        say("forward against sequence length")
+        lengths = [(1, 2**n, 16, 128) for n in range(11, 18)]
+        forward = calls(ours())[0]
+        times = clock({s: (forward, functools.partial(draw, *s, "bfloat16")) for s in lengths})
+        wanted += [s for s in lengths if s not in wanted]
+    found = peers(PEERS if options.peers is None else options.peers, wanted, options.dtype)
+    compare(result["shapes"], found)
+    result["peers"] = {name: {str(s): t for s, t in row.items()} for name, row in found.items()}
+    if options.plot:
+        own = {"lightning_attn (this file)": {s: {"forward": t} for s, t in times.items()}}
+        result["plot"] = {name: {s[1]: row[s]["forward"] for s in lengths if "forward" in row[s]}
+                          for name, row in (own | found).items()}
+
+
+def shape_of(text):
+    """(B, T, H, D) of "B,T,H,D"."""
+    try:
+        shape = tuple(map(int, text.split(",")))
+    except ValueError:
+        shape = ()
+    if len(shape) != 4 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"expected B,T,H,D, four positive integers like 1,4096,16,128, got {text!r}")
+    return shape
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", help="B,T,H,D ...")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--peers", nargs="*", default=PEERS, help=f"of {PEERS}")
+    parser.add_argument("--shapes", nargs="+", type=shape_of, metavar="B,T,H,D")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16; float32 on a CPU")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="other implementations, on a GPU; all of them")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE.png", help="time against sequence length, all contestants")
-    parser.add_argument("--tune", action="store_true", help="measure the launch configurations")
+    parser.add_argument("--tune", action="store_true", help="measure the launch configurations, on a GPU")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    shapes = [tuple(int(x) for x in s.split(",")) for s in options.shapes] if options.shapes else SHAPES
+    gpu = jax.default_backend() == "gpu"
+    options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
+    shapes = options.shapes or (SHAPES if gpu else [(1, T, 4, 64) for T in (512, 1024, 2048, 4096, 8192)])
     if options.peer:
         for shape in shapes:
             try:
@@ -366,35 +431,31 @@ def main():
             except Exception as error:
                 say(json.dumps({"failed": f"{type(error).__name__}: {error}".splitlines()[0][:160]}))
         return
-    if jax.default_backend() != "gpu":
-        result = on_a_cpu()
-    elif options.tune:
+    if not gpu and (options.tune or options.peers is not None):
+        parser.error(f"{'--tune' if options.tune else '--peers'} wants a GPU, and JAX found {jax.devices()[0].platform} only")
+    if options.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot wants matplotlib: pip install matplotlib")
+    if options.tune:
         return tune()
-    else:
-        rate = copy_rate()
-        result = dict(device=jax.devices()[0].device_kind, jax=jax.__version__, copy_rate=rate)
-        say(f"{result['device']}, jax {jax.__version__}, copy rate {rate / 1e12:.2f} TB/s")
-        result["shapes"] = shapes_table(shapes, options.dtype, rate)
-        wanted, lengths = list(shapes), []
-        if not options.shapes:
-            result["further"] = further(rate)
-            wanted += [(B, 1, 32, 128) for B in (1, 64, 256)]
-        if options.plot:
-            say("forward against sequence length")
-            lengths = [(1, 2**n, 16, 128) for n in range(11, 18)]
-            times = clock({s: (calls(ours())[0], functools.partial(draw, *s, "bfloat16")) for s in lengths})
-            wanted += [s for s in lengths if s not in wanted]
-        found = peers(options.peers, wanted, options.dtype)
-        compare(result["shapes"], found)
-        result["peers"] = {name: {str(s): t for s, t in row.items()} for name, row in found.items()}
-        if options.plot:
-            result["plot"] = {name: {s[1]: row[s]["forward"] for s in lengths if "forward" in row[s]}
-                              for name, row in ({"lightning_attn (this file)": {s: {"forward": t} for s, t in times.items()}} | found).items()}
+    result = {}
+    try:
+        if gpu:
+            on_a_gpu(result, options, shapes)
+        else:
+            on_a_cpu(result, shapes, options.dtype)
+    except KeyboardInterrupt:
+        result["interrupted"], result["measured"] = True, MEASURED
+        say("\ninterrupted; what is above was measured" + (f", and is in {options.json}" if options.json else ""))
     if options.json:
         with open(options.json, "w") as file:
             json.dump(result, file, indent=1)
-    if "plot" in result:
+    if result.get("interrupted"):
+        sys.exit(130)
+    if options.plot and gpu:
         plot(options.plot, result["plot"], result["device"])
+    elif options.plot:
+        lines = {name: {row["shape"][1]: row[name] for row in result["cpu"]} for name in ("lightning", "softmax")}
+        plot(options.plot, lines, "a CPU", f"shapes as measured, {options.dtype}")
 
 
 if __name__ == "__main__":
