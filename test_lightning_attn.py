@@ -87,7 +87,7 @@ def main(arguments):
     if importlib.util.find_spec("xdist") and not alone:
         arguments = ["-n", str(len(os.sched_getaffinity(0))), *arguments]
     style = "console_output_style=count"
-    code = pytest.main([__file__, "-q", "-o", style, *arguments], [Summary()])
+    code = pytest.main([__file__, "-q", "-p", "no:warnings", "-o", style, *arguments], [Summary()])
     leave(code)
 
 
@@ -595,7 +595,15 @@ def test_many_segments(path, reverse, cu):
 @each_path
 def test_segments_with_states_of_several_tiles(path):
     LAUNCHED.clear()
-    compare(path, *inputs(7, 1, 1100, 2, 1, 136, 72), g=[0.0, -0.01])
+    q, k, v, s0, do, ds = inputs(7, 1, 1100, 2, 1, 136, 72)
+    if path == "interpreter":                                    # takes a minute for the gradients, which the others compare
+        g = jnp.array([0.0, -0.01])
+        with jax.default_matmul_precision("highest"):
+            got = attend(path, q, k, v, g_gamma=g, initial_state=s0)
+        for a, b in zip(got, oracle(q, k, v, g, 136**-0.5, s0, do, ds)):
+            assert error(a, b) < 1e-5
+    else:
+        compare(path, q, k, v, s0, do, ds, g=[0.0, -0.01])
     if path in INTERPRETED:                                      # 2 pieces of one segment, 2 heads, 3 x 2 tiles or, for 16 bits, 2 x 2
         assert {("_states_kernel", 24 if path == "interpreter" else 16), ("_link_kernel", 40)} < LAUNCHED
 
@@ -702,8 +710,10 @@ def precise():
         yield
 
 
-@each_path
-@pytest.mark.parametrize("mapped", ["q", "qkv", "s0", "g", "kv g", "q k v s0 g"])
+@pytest.mark.parametrize("path, mapped", [
+    *(("xla", mapped) for mapped in ("q", "qkv", "s0", "g", "kv g", "q k v s0 g")),
+    # what is mapped is folded before a path is chosen: kernels see one more row, and a decay for each or for all
+    *(pytest.param(*path.values, mapped, marks=path.marks) for path in PATHS[1:] for mapped in ("q", "q k v s0 g"))])
 def test_vmap(path, precise, mapped):
     N = 3
     q, k, v, s0, do, ds = inputs(20, N * 2, 70, 2, 1, 8, 8)
@@ -1712,7 +1722,9 @@ def test_compiles_and_fits(arch, dtype):
     if arch.startswith("gfx") and la._fits(triton.__version__, ">=3.9") and not (amd / "libtriton_amd_codegen.so").exists():
         pytest.skip("a slim Triton, without the code generator for AMD")
     table = {}
-    shapes = [(1, 4096, 2, D) for D in (16, 64, 96, 128, 192, 256, 512)] + [(1, 1, 2, 128)]
+    # float16 is launched as bfloat16 is: where no register is counted, one size with its gradient will do
+    sizes = (128,) if dtype == "float16" and arch != "sm_90" else (16, 64, 96, 128, 192, 256, 512)
+    shapes = [(1, 4096, 2, D) for D in sizes] + [(1, 1, 2, 128)]
     if arch == "sm_90":                                          # no argument is 1 here, which would be a constant
         shapes += [(2, 300, 4, 64)]
     for B, T, H, D in shapes:
@@ -1731,7 +1743,7 @@ def test_compiles_and_fits(arch, dtype):
             # two scans at once for head dims of 64, and what is added to, want a few registers more than there are
             few = 44 if arguments.get("BOTH") and D == 64 else 40 if arguments.get("ADD") else 0
             assert not kernel.is_gluon() or spilled <= few, (key, spilled)
-    assert len(table) >= 8
+    assert len(table) >= (8 if len(sizes) > 1 else 4)
     assert any(key[0] == "_hopper_kernel" for key in table) == (la._HAS_HOPPER and arch == "sm_90" and dtype != "float32")
 
 
