@@ -51,23 +51,23 @@ class Summary:
         items.sort(key=lambda case: "sanitizer" not in case.name)                          # the longest first
 
     def pytest_terminal_summary(self, terminalreporter):
-        stats = terminalreporter.stats
-        count = lambda outcome: len(stats.get(outcome, []))
+        own = lambda report: report.nodeid.partition("::")[0].endswith(pathlib.Path(__file__).name)
+        of = lambda outcome: list(filter(own, terminalreporter.stats.get(outcome, [])))
         names = {"xla": "plain JAX", "gpu": "kernels on a GPU", "interpreter": "Triton kernels in Triton's interpreter",
                  "gluon": "Gluon kernel on an emulator"}
         def path(report):
             words = re.split(r"[\[\]-]", report.nodeid.rpartition("::")[2])
             return names.get(next((x for x in words if x in names), None), "all else")
-        def listed(reports, of):
-            found = collections.Counter(map(of, reports))
+        def listed(reports, kind):
+            found = collections.Counter(map(kind, reports))
             return ", ".join(f"{what}: {n}" for what, n in found.most_common())
-        passed, skipped = stats.get("passed", []), stats.get("skipped", [])
+        passed, skipped = of("passed"), of("skipped")
         reason = lambda report: report.longrepr[2].removeprefix("Skipped: ")
-        broken = count("failed") + count("error")
+        broken = len(of("failed")) + len(of("error"))
         words = [f"Tested {file_under_test()}: {len(passed) + len(skipped) + broken} cases."]
         words += [f"{len(passed)} passed ({listed(passed, path)})."] if passed else []
         words += [f"{broken} FAILED." if broken else "None failed."]
-        words += [f"{len(skipped)} were skipped ({listed(skipped, reason)})."] if skipped else []
+        words += [f"{len(skipped)} skipped ({listed(skipped, reason)})."] if skipped else []
         terminalreporter.write_line("\n" + " ".join(words))
 
 
