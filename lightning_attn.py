@@ -1,4 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The lightning-attn-jax authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in
+# compliance with the License. You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software distributed under the License is
+# distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and limitations under the License.
 """Lightning attention for JAX: linear attention with a fixed decay per head, for GPUs (Triton, Gluon) and all else (plain JAX).
 
 For one sequence and one head, with log decay g <= 0 and scale s, a state S of shape [K, V] is carried along the tokens:
@@ -37,24 +47,58 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.interpreters import partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 
+__version__ = "0.1.0"
+
+# The plain-JAX path needs the first range, the kernels need the others.
+_JAX = ">=0.10.2"
+_KERNELS = {"jax": ">=0.11.1,<0.13", "jax-triton": ">=0.4.1,<0.5", "triton": ">=3.7,<3.10"}
+_HOPPER = ">=3.8,<3.10"                                          # the Triton of `_hopper_kernel`
+_INSTALL = "pip install " + " ".join(f"'{name}{versions}'" for name, versions in _KERNELS.items())
+
+
+def _fits(found, versions):
+    """Whether the version `found` lies in `versions`: ">=a" or ">=a,<b". Only leading numbers count."""
+    def numbers(text):
+        return tuple(int(n) for n in text.split(".")[:3] if n.isdigit())
+    low, _, high = versions.removeprefix(">=").partition(",<")
+    return numbers(low) <= numbers(found) and (not high or numbers(found) < numbers(high))
+
+
+if not _fits(jax.__version__, _JAX):
+    raise ImportError(f"lightning_attn needs jax{_JAX} and found jax {jax.__version__}: "
+                      f"pip install 'jax{_JAX}'")
+
+_unfit = None                                                    # why installed kernels cannot run
 try:
     import jax_triton
     import triton
     import triton.language as tl
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia import hopper
-except ImportError:                                              # macOS, TPU hosts: the plain-JAX path is all there is
+except Exception as error:
     triton = None
-
-if jax.__version_info__ < (0, 11):
-    raise ImportError(f"lightning_attn needs jax>=0.11,<0.12 and found {jax.__version__}: pip install 'jax>=0.11,<0.12'")
-if triton is not None and (jax.__version_info__ >= (0, 12) or not hasattr(hopper.tma, "async_load")):
-    warnings.warn("lightning_attn: GPUs take the plain-JAX path, because the kernels need jax>=0.11,<0.12 and triton>=3.8,<3.10 and found "
-                  f"jax {jax.__version__} and triton {triton.__version__}")
-    triton = None
+    # macOS and TPU hosts have no Triton. Plain JAX is all there is, and no warning is due.
+    absent = isinstance(error, ModuleNotFoundError) and error.name in ("jax_triton", "triton")
+    if not absent:
+        _unfit = f"importing jax_triton failed with {type(error).__name__}: {error}"
+else:
+    _found = dict(zip(_KERNELS, (jax.__version__, jax_triton.__version__, triton.__version__)))
+    if all(_fits(_found[name], versions) for name, versions in _KERNELS.items()):
+        from triton.experimental import gluon
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.language.nvidia import hopper
+        if _fits(_found["jax"], ">=0.12") and _found["jax-triton"] == "0.4.1":
+            # jax 0.12 hands a rule for dead code three arguments, jax-triton 0.4.1's takes two.
+            partial_eval.dce_rules[jax_triton.triton_lib.triton_kernel_call_p] = (
+                lambda used, live, eqn: ([True] * len(eqn.invars), eqn))
+    else:
+        triton = None
+        _unfit = "found " + ", ".join(f"{name} {version}" for name, version in _found.items())
+if _unfit:
+    warnings.warn("lightning_attn: GPUs take the plain-JAX path, which is many times slower, because "
+                  f"the kernels cannot run: {_unfit}. They need: {_INSTALL}")
+_HAS_HOPPER = triton is not None and hasattr(hopper.tma, "async_load")      # Triton 3.7 lacks it
 
 __all__ = ["lightning_attn", "lightning_attn_reference", "lightning_g_gamma"]
 
@@ -129,8 +173,8 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
     if not (backend is None or isinstance(backend, str) and backend in ("triton", "xla")):
         raise ValueError(f'backend: expected None, "triton" or "xla", got {backend!r}')
     if backend == "triton" and triton is None:
-        raise ValueError('backend="triton" needs jax-triton and triton, which cannot be used here: pip install '
-                         "'jax>=0.11,<0.12' 'jax-triton>=0.4.1,<0.5' 'triton>=3.8,<3.10' (Linux, Python >= 3.12)")
+        raise ValueError('backend="triton" needs jax-triton and triton, which cannot be used here: '
+                         f"{_unfit or 'not installed'}. They need Linux, Python >= 3.12 and: {_INSTALL}")
     arch = _gpu()[0] if _gpu() else None
     # Triton has no matrix products for GPUs before sm_80: its code spills there, and wants twice their shared memory.
     old = arch is not None and arch.startswith("sm_") and int(arch[3:]) < 80
@@ -1457,8 +1501,12 @@ def _config(arch, K, V, dtype, B, T):
     states = wide, min(4, shared * 1024 // (64 * (wide + 96) * itemsize))                   # tiles in flight, and one that is multiplied
     # descriptors want rows that are multiples of 16 bytes
     if arch == "sm_90" and itemsize == 2 and 64 <= T and B * T < 2**31 and K % 8 == V % 8 == 0:
-        BK, BV = max(BK, 64), max(BV, 64)
-        return _Config(_hopper_kernel, 64, BK, BV, BV // 16, 4, 2 if BK == BV == 64 else 1, *states)
+        if _HAS_HOPPER:
+            BK, BV = max(BK, 64), max(BV, 64)
+            return _Config(_hopper_kernel, 64, BK, BV, BV // 16, 4, 2 if BK == BV == 64 else 1, *states)
+        warnings.warn("lightning_attn: this Hopper GPU runs the Triton kernel, which takes up to 1.5 times "
+                      "as long as the one in Gluon, because that cannot run: found triton "
+                      f"{triton.__version__}. It needs: pip install 'triton{_HOPPER}'")
 
     def need(C, BV, stages):                                     # tiles in flight, and what passes through shared memory
         return (stages * C * (2 * BK + BV) + C * max(C, 2 * BV)) * itemsize / 1024 + 4
