@@ -984,7 +984,8 @@ def _from_chunks(o, works, T, C):
 
     def row(o, first, tokens, read):
         t = jnp.arange(T)
-        of = jnp.searchsorted(jnp.where(tokens < 0, T, first + tokens), t, side="right")
+        ends = jnp.where(tokens < 0, T, first + tokens)          # ascending: a token's chunk is the number of ends up to it
+        of = jnp.cumsum(jnp.zeros(T, jnp.int32).at[ends].add(1, mode="drop"))
         return jnp.where((read[of] > 0)[:, None, None], o[of * C + t - first[of]], 0)
 
     axis = 0 if works.shape[1] > 1 else None

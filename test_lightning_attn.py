@@ -13,9 +13,12 @@ nothing of the process: cases that want 8 devices then run in a script of their 
 """
 import atexit
 import collections
+import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
+import math
 import os
 import pathlib
 import re
@@ -26,6 +29,7 @@ import tempfile
 import threading
 import types
 import warnings
+from typing import Any
 
 import pytest
 
@@ -232,7 +236,7 @@ class Machine:
     def program_id(self, _): return np.asarray(self.program, np.int32).view(Tensor)
     def arange(self, a, b, layout=None): return np.arange(a, b, dtype=np.int32).view(Tensor)
     def full(self, shape, value, dtype, layout=None): return np.full(shape, value, dtype).view(Tensor)
-    def where(self, c, x, y): return np.where(c, x, np.asarray(y, x.dtype)).view(Tensor)
+    def where(self, c, x, y): return np.where(c, x, np.asarray(y, np.asarray(x).dtype)).view(Tensor)
     def convert_layout(self, x, layout): return x
     def allocate_shared_memory(self, dtype, shape, layout): return Shared(np.full(shape, np.nan, dtype))
     def fence_async_shared(self): pass
@@ -748,8 +752,15 @@ SMALL = dict(B=2, T=70, H=2, Hk=1, K=8, V=8)
 
 
 def close(a, b, bar=2e-5):
+    """Compares trees of arrays. Of arrays with heads, each head by itself: heads are the axis before the last or the one before it,
+    and where both are short, a slice of either must agree."""
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = (np.asarray(z, np.float64) for z in (x, y))
         assert error(x, y) < bar, error(x, y)
+        for axis in (-2, -3) if x.ndim > 3 else ():
+            if x.shape[axis] <= 16:
+                for one, other in zip(np.moveaxis(x, axis, 0), np.moveaxis(y, axis, 0)):
+                    assert error(one, other) < bar, (axis, error(one, other))
 
 
 @pytest.fixture
@@ -1642,6 +1653,169 @@ def test_compute_sanitizer(tool, tmp_path):
     assert ran.returncode == 0 and "ran" in ran.stdout.splitlines(), said
     assert not re.search(r" at _\w+_kernel", ran.stdout), said
     assert ran.stdout.count("Uninitialized") < limit, "more than it may print: those of these kernels may be missing"
+
+
+# Ways of calling, times kinds of launch ------------------------------------------------------------------------------------------
+#
+# On a CPU plain JAX computes the results, but the launches are traced as well, so that an error of types, effects or
+# partitioning shows. On GPUs the kernels run, on as many devices as there are.
+
+KINDS = {                                                        # the smallest sizes that make each launch
+    "one-segment": dict(T=72), "segments": dict(T=1024), "parts-of-keys": dict(T=72, K=136, V=136), "decode": dict(T=1),
+    "two-gradients-at-once": dict(T=72, K=64, V=64, dtype="bfloat16"), "pack": dict(B=1, T=1100, cu=[0, 20, 20, 1090], state=False),
+    "pack-with-states": dict(B=1, T=1100, cu=[0, 20, 20, 1090])}
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+DEVICES_USED = min(8, len(jax.devices()))
+
+
+@dataclasses.dataclass
+class Case:
+    """Arguments of a call, all of them differentiated, and weights of its results in a loss."""
+    args: dict
+    weights: tuple
+    cu: Any
+
+    def call(self, seq_axis=None, **args):
+        cu = None if self.cu is None else jnp.array(self.cu)
+        return lightning_attn(args["q"], args["k"], args["v"], initial_state=args.get("s0"), g_gamma=args["g"], cu_seqlens=cu, seq_axis=seq_axis)
+
+    def step(self, call):
+        """Results and gradients of all arguments, in one function of the arguments."""
+        def loss(args):
+            results = call(**args)
+            return sum((x * w).astype(jnp.float32).sum() for x, w in zip(results, self.weights)), results
+        return lambda args: jax.grad(loss, has_aux=True)(args)[::-1]
+
+    def specs(self, rows, heads):
+        """How rows and heads are split over mesh axes: of the arguments and of the results."""
+        rows = rows if self.cu is None else None
+        token, state = P(rows, None, heads), P(rows, heads)
+        return {name: P(heads) if name == "g" else state if name == "s0" else token for name in self.args}, (token, state)
+
+
+@functools.cache
+def case(kind):
+    shape = dict(B=8, H=8, Hk=8, K=16, V=16, cu=None, state=True, dtype="float32") | KINDS[kind]
+    cu, state, dtype = shape.pop("cu"), shape.pop("state"), shape.pop("dtype")
+    q, k, v, s0, do, ds = inputs(50, **shape, dtype=dtype, n=cu and len(cu) - 1)
+    args = dict(q=q, k=k, v=v, g=-0.05 * jnp.arange(8.0)) | ({"s0": s0} if state else {})
+    made = Case(args, (do, ds), cu)
+    with jax.default_matmul_precision("highest"):
+        return made, jax.jit(made.step(made.call))(args)
+
+
+def mesh_of(kind, **axes):
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes), devices=jax.devices()[:math.prod(axes.values())])
+
+
+def twice(x):
+    return jax.tree.map(lambda x: jnp.stack([x, x]), x)
+
+
+def in_a_loop(loop):
+    """A way that calls the step in a loop of two rounds."""
+    def way(case):
+        step = case.step(case.call)
+        return jax.tree.map(lambda x: x[1], jax.jit(lambda args: loop(step, args))(twice(case.args)))
+    return way
+
+
+def by_fori_loop(step, args):
+    shapes = jax.eval_shape(step, jax.tree.map(lambda x: x[0], args))
+    stacks = jax.tree.map(lambda x: jnp.zeros((2, *x.shape), x.dtype), shapes)
+    body = lambda i, stacks: jax.tree.map(lambda s, x: s.at[i].set(x), stacks, step(jax.tree.map(lambda x: x[i], args)))
+    return jax.lax.fori_loop(0, 2, body, stacks)
+
+
+def by_cond(step, args):
+    zeros = lambda args: jax.tree.map(jnp.zeros_like, step(args))
+    return jax.lax.map(lambda args: jax.lax.cond(args["q"][0, 0, 0, 0] < 1e9, step, zeros, args), args)
+
+
+def by_layers(case):
+    """A loss over a scan of two layers, which sees the arguments as they are in the second: remat recomputes them."""
+    def call(**args):
+        layer = jax.checkpoint(lambda carry, i: (carry, case.call(**args | {"q": args["q"] * (i > 0)})))
+        return jax.tree.map(lambda x: x[1], jax.lax.scan(layer, 0, jnp.arange(2).astype(args["q"].dtype))[1])
+    return jax.jit(case.step(call))(case.args)
+
+
+def by_vmap(case):
+    return jax.tree.map(lambda x: x[1], jax.jit(jax.vmap(case.step(case.call)))(twice(case.args)))
+
+
+def by_jit(kind, is_set, rows=None, heads=None):
+    def way(case):
+        axes = {axis: DEVICES_USED // (2 if rows and heads and DEVICES_USED > 1 else 1) if i == 0 else min(2, DEVICES_USED)
+                for i, axis in enumerate(filter(None, (rows, heads)))}
+        mesh = mesh_of(kind, **axes)
+        specs, _ = case.specs(rows, heads)
+        put = {name: jax.device_put(x, jax.NamedSharding(mesh, specs[name])) for name, x in case.args.items()}
+        with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+            return jax.jit(case.step(case.call))(put)
+    return way
+
+
+def by_shard_map(rows=None, heads=None, tokens=None, others=None, kind=AUTO, check=True):
+    """Manual over one axis. `others`: the axis of a mesh that is left to the compiler."""
+    def way(case):
+        if tokens and (case.cu is not None or case.args["q"].shape[1] % DEVICES_USED):
+            pytest.skip("these tokens cannot be split over the devices")
+        axis = rows or heads or tokens
+        second = min(2, DEVICES_USED) if others else 1
+        mesh = mesh_of(kind, **{axis: DEVICES_USED // second} | ({others: second} if others else {}))
+        specs, results = case.specs(rows, heads)
+        if tokens:
+            specs |= {name: P(None, axis) for name in "qkv"}
+            results = P(None, axis), P()
+        part = jax.shard_map(lambda args: case.call(**args, seq_axis=tokens), mesh=mesh, in_specs=(specs,), out_specs=results, check_vma=check,
+                             axis_names={axis})
+        put = case.args
+        if others:                                               # the compiler splits heads, or rows
+            more, _ = case.specs(None if rows else others, others if rows else None)
+            put = {name: jax.device_put(x, jax.NamedSharding(mesh, P(*(a or b for a, b in itertools.zip_longest(specs[name], more[name])))))
+                   for name, x in put.items()}
+        with jax.set_mesh(mesh):
+            return jax.jit(case.step(lambda **args: part(args)))(put)
+    return way
+
+
+def by_export(case):
+    checks = [jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")]
+    exported = jax.export.export(jax.jit(case.step(case.call)), disabled_checks=checks)(case.args)
+    return jax.export.deserialize(exported.serialize()).call(case.args)
+
+
+WAYS = {
+    "eager": lambda case: case.step(case.call)(case.args), "vmap": by_vmap, "remat-of-layers": by_layers, "export": by_export,
+    "scan": in_a_loop(lambda step, args: jax.lax.scan(lambda carry, x: (carry, step(x)), 0, args)[1]),
+    "fori-loop": in_a_loop(by_fori_loop), "cond": in_a_loop(by_cond),
+    "jit-rows": by_jit(AUTO, False, rows="a"), "jit-heads": by_jit(AUTO, True, heads="a"), "jit-both": by_jit(AUTO, False, "a", "b"),
+    "jit-explicit-rows": by_jit(EXPLICIT, False, rows="a"), "jit-explicit-heads-set-mesh": by_jit(EXPLICIT, True, heads="a"),
+    "jit-explicit-both": by_jit(EXPLICIT, False, "a", "b"),
+    "shard_map-rows": by_shard_map(rows="a"), "shard_map-heads-unchecked": by_shard_map(heads="a", check=False),
+    "shard_map-tokens": by_shard_map(tokens="a"), "shard_map-tokens-unchecked": by_shard_map(tokens="a", check=False),
+    "shard_map-rows-of-auto": by_shard_map(rows="a", others="b"), "shard_map-heads-of-explicit": by_shard_map(heads="a", others="b", kind=EXPLICIT),
+    "shard_map-tokens-of-auto-unchecked": by_shard_map(tokens="a", others="b", check=False),
+    "shard_map-tokens-of-explicit": by_shard_map(tokens="a", others="b", kind=EXPLICIT)}
+
+
+@pytest.mark.skipif(not (HAS_DEVICES or HAS_GPU), reason=DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_calling(way, kind, precise):
+    made, want = case(kind)
+    got = WAYS[way](made)
+    bar = 2e-2 if made.args["q"].dtype == jnp.bfloat16 else 2e-5
+    for name, a, b in zip(("output", "final_state"), got[0], want[0], strict=True):
+        assert max(errors(a.astype(jnp.float32), b.astype(jnp.float32), name)) < bar, name
+    for name, b in want[1].items():
+        a = got[1][name]
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if name == "g":
+            assert error(a, b) < 5 * bar
+        else:
+            assert max(errors(a.astype(jnp.float32), b.astype(jnp.float32), "state" if name == "s0" else name)) < bar, name
 
 
 # Many devices: 8 virtual CPUs ---------------------------------------------------------------------------------------------------
