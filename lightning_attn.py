@@ -666,7 +666,8 @@ def _sharded(op, *operands):
     """The scan with a sharding rule: each device scans its own batch rows and heads, and nothing is sent."""
     shapes = {name: x.shape for name, x in zip(_OPERANDS, operands) if x is not None}
     mesh = jax.sharding.get_abstract_mesh()
-    if not all(x.size for x in operands if x is not None) or mesh.manual_axes and mesh.are_all_axes_manual:
+    left = math.prod(size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)    # devices that the compiler may use
+    if not all(x.size for x in operands if x is not None) or mesh.manual_axes and left == 1:
         return _on_platform(op, *operands)
     # jit, because custom_partitioning takes no constants: those that a call folds become its own
     call = custom_partitioning(jax.jit(functools.partial(_on_platform, op)))
@@ -834,21 +835,23 @@ def _tables(T, cu, *rest):
 # group multiplies for all its chunks at once; only states pass from chunk to chunk, in an inner scan
 # of sums. Chunks lie in the order of their tokens: a scan that goes back starts with the last one.
 
-CHUNK, GROUP = 64, 16                                            # tokens a chunk, chunks a group; at most
+CHUNK, GROUP = 64, 8                                            # tokens a chunk, chunks a group; at most
 
 
 def _chunks(T, cu, groups_of):
     """C and the work of all groups, [G, B | 1, N, 7]: rows of `_table`, and of -1 to fill the last."""
-    # chunks of equal length leave the fewest tokens to pad
-    C = -(-T // -(-T // CHUNK))
+    if not isinstance(T, int):                                   # in an export: of a symbolic length little is known
+        C, groups_of = CHUNK, 1
+    else:                                                        # chunks of equal length leave the fewest tokens to pad
+        C = -(-T // -(-T // CHUNK))
     # a sequence that is shorter than a chunk wastes the rest of it
     if cu is not None:
         C = min(C, max(16, _block(T // (cu.shape[1] - 1))))
     table = _tables(T, cu, C, False)
     R = table.shape[1]
-    G = -(-R // groups_of)
-    N = -(-R // G)
-    table = jnp.pad(table, ((0, 0), (0, G * N - R), (0, 0)), constant_values=-1)
+    G, N = (R, 1) if groups_of == 1 else (-(-R // groups_of), -(-R // -(-R // groups_of)))
+    if groups_of > 1:
+        table = jnp.pad(table, ((0, 0), (0, G * N - R), (0, 0)), constant_values=-1)
     return C, jnp.moveaxis(table.reshape(-1, G, N, 7), 1, 0)
 
 
@@ -913,8 +916,8 @@ def _states_of(x, sequence):
 def _whole_groups(x, work, C, packed):
     """x [B, T, ...], padded to the tokens of all groups where chunks are not gathered."""
     G, _, N, _ = work.shape
-    rest = G * N * C - x.shape[1]
-    return x if packed or not rest else jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0)))
+    rest = -x.shape[1] % (N * C) if isinstance(G, int) else -x.shape[1] % C
+    return x if packed or isinstance(rest, int) and not rest else jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0)))
 
 
 def _scan_xla(op, q, k, v, g, s0, cu, w=None):
@@ -933,28 +936,23 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
     far = _distances(op, C)
     D = jnp.where(far >= 0, scale_k * _power(g, far[None, None, None]), 0)    # [B | 1, 1, H, i, j]
 
-    def link(S, chunk):                                          # the states before and after a chunk
-        Z, keep, begins, sequence = chunk
-        if packed:
-            begins = begins[:, None, None, None]
-            S = jnp.where(begins, 0 if s0 is None else _states_of(s0, sequence), S)
-        after = keep * S + Z
-        return after, (S, after if packed else None)
-
     def group(carry, work):                                      # [B | 1, N, 7]
         S, s = carry
         first, read, begins, ends, sequence = _columns(op, work)
         qs, ks, vs = (_load_chunks(x, first, read, C, H, packed, wide) for x in (q, k, v))
         _, _, eq, ek, eS = _decays(op, g, read, C)
-        Z = dot("bnhjk,bnhjv->nbhkv", ks * (scale_k * ek), vs)
-        chunks = Z, *_by_chunk((eS, begins, sequence))
-        S, (before, left) = lax.scan(link, S, chunks, reverse=op.reverse)
+        Z = dot("bnhjk,bnhjv->bnhkv", ks * (scale_k * ek), vs)
+        before = _states_before(op, g, S, Z, read, begins if packed else None)
+        if packed and s0 is not None:
+            before += _states_entering(op, g, s0, read, begins, sequence)
+        after = eS * before + Z
+        S = after[:, 0 if op.reverse else -1]
         if packed:
             to = jnp.where(ends & (sequence >= 0), sequence, n)
             to = jnp.broadcast_to(to, (B, to.shape[1]))
-            s = jax.vmap(lambda s, to, S: s.at[to].set(S, mode="drop"), (0, 0, 1))(s, to, left)
+            s = jax.vmap(lambda s, to, S: s.at[to].set(S, mode="drop"))(s, to, after)
         P = dot("bnhik,bnhjk->bnhij", qs, ks) * D
-        O = dot("bnhij,bnhjv->bnhiv", P, vs) + eq * dot("bnhik,nbhkv->bnhiv", qs, before)
+        O = dot("bnhij,bnhjv->bnhiv", P, vs) + eq * dot("bnhik,bnhkv->bnhiv", qs, before)
         return (S, s), (scale_q * O).swapaxes(2, 3).astype(v.dtype)
 
     S = jnp.zeros((B, H, K, V), wide) if packed or s0 is None else s0[:, 0]
@@ -975,6 +973,42 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
         o = _from_chunks(o, works, T, C) if packed else o[:, :T]
     s = s if packed else S[:, None]
     return o, s if op.final_state else None, None
+
+
+def _in_scan_order(op, *rows):
+    """Of chunks [B | 1, N] in scan order: the tokens of the group before each, and rows of theirs."""
+    rows = [jnp.flip(row, 1) if op.reverse else row for row in rows]
+    return jnp.cumsum(rows[0], 1) - rows[0], *rows
+
+
+def _states_before(op, g, S, Z, read, begins):
+    """The state before each chunk of a group, [B, N, H, K, V], less what sequences start from: what
+    the chunks before it in its sequence add, Z, and what the group starts from, S, decayed."""
+    if begins is None:
+        begins = jnp.zeros_like(read)
+    before, read, begins = _in_scan_order(op, read, begins)
+    sequence, n = jnp.cumsum(begins, 1), jnp.arange(read.shape[1])
+    from_chunk = before[:, :, None] - (before + read)[:, None]   # [B | 1, n, m]
+    linked = (n[:, None] > n) & (sequence[:, :, None] == sequence[:, None])
+    power = lambda x: jnp.exp(g.reshape(*g.shape, *(1,) * (x.ndim - 1)) * jnp.maximum(x, 0)[:, None])
+    weight = jnp.where(linked[:, None], power(from_chunk), 0)     # [B | 1, H, n, m]
+    carried = jnp.where((sequence == 0)[:, None], power(before), 0)               # [B | 1, H, n]
+    if op.reverse:
+        weight, carried = jnp.flip(weight, (2, 3)), jnp.flip(carried, 2)
+    weight = jnp.broadcast_to(weight, (Z.shape[0], *weight.shape[1:]))
+    return (jnp.einsum("bhnm,bmhkv->bnhkv", weight, Z, precision="highest")
+            + carried.swapaxes(1, 2)[..., None, None] * S[:, None])
+
+
+def _states_entering(op, g, s0, read, begins, sequence):
+    """What sequences start from, s0, in the state before each chunk of a group, [B, N, H, K, V]."""
+    before, read, begins = _in_scan_order(op, read, begins)
+    since = before - lax.cummax(jnp.where(begins, before, 0), axis=1)
+    weight = jnp.where(jnp.cumsum(begins, 1)[:, None] > 0, jnp.exp(g[..., None] * since[:, None]), 0)
+    weight = (jnp.flip(weight, 2) if op.reverse else weight).swapaxes(1, 2)[..., None, None]
+    of = jnp.broadcast_to(sequence, (s0.shape[0], sequence.shape[1]))
+    states = jax.vmap(lambda s0, of: s0.at[of].get(mode="clip"))(s0, of)
+    return jnp.where((of >= 0)[..., None, None, None], weight * states, 0)
 
 
 def _from_chunks(o, works, T, C):

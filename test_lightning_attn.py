@@ -831,7 +831,7 @@ def test_padded_batches(path, precise, left):
     got = jax.jit(jax.vmap(padded))(q, k, v, s0, jnp.array(lengths), do, ds)
     for i, cut in enumerate(real):
         row = [x[i:i + 1, cut] for x in (q, k, v)]
-        o, s, *grads, ds0, _ = oracle(*row, g, 8**-0.5, s0[i:i + 1], do[i:i + 1, cut], ds[i:i + 1])
+        o, s, *grads, ds0, _, _ = oracle(*row, g, 8**-0.5, s0[i:i + 1], do[i:i + 1, cut], ds[i:i + 1])
         for x, want in zip((got[0], *got[2:5]), (o, *grads)):
             assert error(x[i, cut], want[0]) < 1e-5
         close((got[1][i], got[5][i]), (s[0], ds0[0]), 1e-5)
@@ -907,31 +907,6 @@ def test_other_transforms(path, precise):
         close(r, want, 1e-12)
 
 
-@pytest.mark.parametrize("path", PATHS[1:])
-def test_segments_under_transforms(path, precise):
-    """Their states are linked in place, through a Ref, which scan, remat, grad, vmap, shard_map and export must carry."""
-    LAUNCHED.clear()
-    q, k, v, *_ = inputs(27, 2, 1600, 2, 1, 8, 8)               # 3 segments: of 2, the link changes nothing
-    f = lambda path, *args: attend(path, *args, 0, 2)
-
-    def loss(path, q):
-        layer = jax.checkpoint(lambda x, i: (x + attend(path, x, k, v, i, 2)[0], None))
-        return (jax.lax.scan(layer, q, jnp.arange(2))[0] ** 2).sum()
-
-    mesh = jax.make_mesh((min(2, len(jax.devices())),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    runs = [lambda p: jax.jit(jax.grad(functools.partial(loss, p)))(q),
-            lambda p: jax.jit(jax.vmap(functools.partial(f, p), (0, None, None)))(jnp.stack([q, -q]), k, v),
-            lambda p: jax.jit(jax.shard_map(functools.partial(f, p), mesh=mesh, in_specs=P("data"), out_specs=P("data")))(q, k, v)]
-    if path == "gpu":                                            # callbacks do not shard
-        runs += [lambda p: jax.jit(functools.partial(f, p))(*(jax.device_put(x, jax.NamedSharding(mesh, P("data"))) for x in (q, k, v)))]
-    for run in runs:
-        close(run(path), run("xla"), 1e-4)
-    if path == "gpu":
-        exported = jax.export.export(jax.jit(functools.partial(f, path)), disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")])(q, k, v)
-        close(jax.export.deserialize(exported.serialize()).call(q, k, v), f("xla", q, k, v), 1e-4)
-    assert path not in INTERPRETED or "_link_kernel" in {name for name, _ in LAUNCHED}
-
-
 def test_float64():
     with jax.enable_x64(True):
         q, k, v, s0, do, ds = (jnp.asarray(np.asarray(x), jnp.float64) for x in inputs(25, 2, 70, 2, 1, 8, 8))
@@ -984,7 +959,7 @@ def test_a_small_model_learns(path, precise):
         return values
 
     if path in INTERPRETED:                                      # seconds a step: the same first steps as plain JAX takes
-        assert np.allclose(losses(path, 2), losses("xla", 2), rtol=1e-5)
+        assert np.allclose(losses(path, 1), losses("xla", 1), rtol=1e-5)
     else:
         assert losses(path, 100)[-1] < 0.1
 
@@ -1762,7 +1737,7 @@ def by_shard_map(rows=None, heads=None, tokens=None, others=None, kind=AUTO, che
         if tokens and (case.cu is not None or case.args["q"].shape[1] % DEVICES_USED):
             pytest.skip("these tokens cannot be split over the devices")
         axis = rows or heads or tokens
-        second = min(2, DEVICES_USED) if others else 1
+        second = 2 if others and DEVICES_USED > 2 else 1           # XLA cannot sum over a manual axis of one device beside others
         mesh = mesh_of(kind, **{axis: DEVICES_USED // second} | ({others: second} if others else {}))
         specs, results = case.specs(rows, heads)
         if tokens:
@@ -1913,11 +1888,12 @@ def test_packed_sharded_by_heads(precise):
 
 
 @eight_cpus
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("check", [True, False])
-@pytest.mark.parametrize("path, shape, axes", [
-    ("xla", (8,), (None, "a", None)), ("xla", (2, 2, 2), ("a", "b", "c")), ("xla", (4,), ("a", None, None)),
-    pytest.param("interpreter", (2, 2), (None, "a", "b"), marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton"))])
+@pytest.mark.parametrize("path, shape, axes, reverse, check", [
+    *[("xla", *mesh, reverse, check) for mesh in [((8,), (None, "a", None)), ((2, 2, 2), ("a", "b", "c"))]
+      for reverse in (False, True) for check in (True, False)],
+    ("xla", (4,), ("a", None, None), False, True),
+    *[pytest.param("interpreter", (2, 2), (None, "a", "b"), same, same, marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton"))
+      for same in (False, True)]])
 def test_shard_map(precise, shape, axes, reverse, check, path):
     q, k, v, s0, do, ds = inputs(32, 4, 128, 4, 2, 8, 8)
     b, t, h = axes
@@ -2125,15 +2101,15 @@ def test_compiles_and_fits(arch, dtype):
     if arch.startswith("gfx") and la._fits(triton.__version__, ">=3.9") and not (amd / "libtriton_amd_codegen.so").exists():
         pytest.skip("a slim Triton, without the code generator for AMD")
     table = {}
-    # float16 is launched as bfloat16 is: where no register is counted, one size with its gradient will do
-    sizes = (128,) if dtype == "float16" and arch != "sm_90" else (16, 64, 96, 128, 192, 256, 512)
+    # float16 is launched as bfloat16 is, and registers are counted for sm_90 alone: elsewhere fewer sizes will do
+    sizes = (16, 64, 96, 128, 192, 256, 512) if arch == "sm_90" else (128,) if dtype == "float16" else (16, 128, 192, 512)
     shapes = [(1, 4096, 2, D) for D in sizes] + [(1, 1, 2, 128)]
     if arch == "sm_90":                                          # no argument is 1 here, which would be a constant
         shapes += [(2, 300, 4, 64)]
     for B, T, H, D in shapes:
         x = jnp.zeros((B, T, H, D), dtype)
         forward = lambda q: lightning_attn(q, x, x, 12, 24, backend="triton")[0].sum()
-        with_gradient = D in (64, 128) and T > 1
+        with_gradient = D in (64, 128) and T > 1 and (arch == "sm_90" or dtype != "float16")
         for launch in launches(arch, lambda: jax.value_and_grad(forward)(x) if with_gradient else forward(x)):
             kernel, _, arguments, options = launch
             tile = {n: arguments.get(n) for n in ("BK", "BV", "BE", "C", "PACKED", "HAS_S0", "BOTH")}
