@@ -1848,14 +1848,112 @@ def test_sharded_by_jit(precise, kind, shape, spec):
         assert all(op == "all-reduce" and size <= 8 for op, size in collectives(compiled)), collectives(compiled)
 
 
+def loss_of(f):
+    """The sum of the squares of all results of f."""
+    return lambda *args: sum((x.astype(jnp.float32)**2).sum() for x in jax.tree.leaves(f(*args)))
+
+
 @eight_cpus
-def test_more_devices_than_kv_heads(precise):
-    """Devices would share a key head: XLA gathers, and it is right."""
-    q, k, v, *_ = inputs(33, 2, 72, 8, 2, 8, 8)
-    f = jax.jit(lambda q, k, v: lightning_attn(q, k, v, 1, 4))
-    mesh = jax.make_mesh((8,), ("h",), axis_types=(jax.sharding.AxisType.Auto,))
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("H, Hk", [(16, 4), (24, 3)])
+def test_more_devices_than_kv_heads(precise, kind, H, Hk):
+    """Queries stay where they are, and each device takes its key head. Where the 3 heads of a device are of two groups, they are right."""
+    q, k, v, *_ = inputs(33, 2, 72, H, Hk, 8, 8)
+    f = lambda q, k, v: lightning_attn(q, k, v, 1, 4)
+    mesh = mesh_of(kind, h=8)
     put = [jax.device_put(x, jax.NamedSharding(mesh, s)) for x, s in zip((q, k, v), (P(None, None, "h"), P(), P()))]
-    close(f(*put), f(q, k, v), 1e-6)
+    compiled = jax.jit(f).lower(*put).compile()
+    close(compiled(*put), f(q, k, v), 1e-6)
+    assert H == 24 or not collectives(compiled)
+    close(jax.jit(jax.grad(loss_of(f), (0, 1, 2)))(*put), jax.grad(loss_of(f), (0, 1, 2))(q, k, v), 1e-5)
+
+
+@eight_cpus
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=lambda kind: kind.name)
+def test_one_axis_for_rows_of_queries_and_heads_of_keys(precise, kind):
+    q, k, v, *_ = inputs(33, 8, 72, 8, 8, 8, 8)
+    f = lambda q, k, v: lightning_attn(q, k, v, 1, 4)
+    mesh = mesh_of(kind, a=8)
+    put = [jax.device_put(x, jax.NamedSharding(mesh, s)) for x, s in zip((q, k, v), (P("a"), P(None, None, "a"), P(None, None, "a")))]
+    close(jax.jit(f)(*put), f(q, k, v), 1e-6)
+
+
+@eight_cpus
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("what", ["numpy", "constants", "constraints"])
+def test_a_mesh_that_is_set_and_arguments_that_are_not_committed(precise, kind, what):
+    if what == "constraints" and kind == EXPLICIT:
+        pytest.skip("shardings of Explicit axes are types, not constraints")
+    arrays = [np.asarray(x) for x in inputs(35, 8, 72, 4, 2, 8, 8)[:3]]
+    f = lambda q, k, v: lightning_attn(q, k, v, 1, 4)
+    split = lambda x: jax.lax.with_sharding_constraint(x, P("a", None, "b")) if what == "constraints" else x
+    step = jax.grad(loss_of(lambda *args: f(*map(split, args))), (0, 1, 2))
+    want = step(*arrays) if what != "constraints" else jax.grad(loss_of(f), (0, 1, 2))(*arrays)
+    with jax.set_mesh(mesh_of(kind, a=4, b=2)):
+        got = jax.jit(lambda: step(*map(jnp.asarray, arrays)))() if what == "constants" else jax.jit(step)(*arrays)
+    close(got, want, 1e-5)
+
+
+@eight_cpus
+@pytest.mark.parametrize("check", [True, False])
+def test_seq_axis_with_a_state_that_is_the_same_on_all_devices(precise, check):
+    """The state is made inside, or given replicated, beside a second axis that rows are split over."""
+    q, k, v, s0, *_ = inputs(36, 2, 128, 4, 2, 8, 8)
+    mesh = mesh_of(AUTO, d=2, t=4)
+    tokens = P("d", "t")
+    for state in s0[:1], None:
+        here = lambda q, s: jnp.zeros((q.shape[0], 4, 8, 8)) if s is None else s
+        whole = lambda q, k, v, s: lightning_attn(q, k, v, 1, 4, initial_state=jnp.zeros_like(s0) if s is None else jnp.repeat(s, 2, 0))
+        part = jax.shard_map(lambda q, k, v, s: lightning_attn(q, k, v, 1, 4, initial_state=here(q, s), seq_axis="t"), mesh=mesh, check_vma=check,
+                             in_specs=(tokens, tokens, tokens, P()), out_specs=(tokens, P("d")))
+        of = (0, 1, 2) if state is None else (0, 1, 2, 3)
+        close(jax.jit(jax.grad(loss_of(part), of))(q, k, v, state), jax.grad(loss_of(whole), of)(q, k, v, state), 1e-5)
+
+
+@eight_cpus
+@pytest.mark.parametrize("check", [True, False])
+def test_seq_axis_of_two_axes(precise, check):
+    q, k, v, s0, *_ = inputs(37, 2, 128, 4, 2, 8, 8)
+    tokens = P(None, ("a", "b"))
+    whole = lambda q, k, v, s: lightning_attn(q, k, v, 1, 4, initial_state=s)
+    part = jax.shard_map(lambda q, k, v, s: lightning_attn(q, k, v, 1, 4, initial_state=s, seq_axis=("a", "b")), mesh=mesh_of(AUTO, a=2, b=4),
+                         check_vma=check, in_specs=(tokens, tokens, tokens, P()), out_specs=(tokens, P()))
+    close(jax.jit(part)(q, k, v, s0), whole(q, k, v, s0), 1e-5)
+    close(jax.jit(jax.grad(loss_of(part), (0, 1, 2, 3)))(q, k, v, s0), jax.grad(loss_of(whole), (0, 1, 2, 3))(q, k, v, s0), 1e-5)
+
+
+def test_seq_axis_of_vmap():
+    """Only a shard_map splits a sequence: the gradient would not know an axis that vmap names."""
+    x = jnp.ones((4, 1, 8, 2, 8))
+    with pytest.raises(ValueError, match="seq_axis: expected an axis of a shard_map around this call, got 'i'"):
+        jax.vmap(lambda x: lightning_attn(x, x, x, 0, 1, seq_axis="i"), axis_name="i")(x)
+
+
+@eight_cpus
+def test_states_of_2_31_tokens_before_a_device():
+    """The number of tokens before a device is past int32: a decay must not wrap."""
+    mesh, own, g = mesh_of(AUTO, t=8), jnp.ones((1, 1, 2, 1, 1)), jnp.array([[0.0, -1e-9]])
+    op = la._Op(1.0, False, False, "xla", None)
+    states = jax.shard_map(lambda own: la._states_around(op, ("t",), 2**30, own, g, None)[1], mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    want = np.exp(np.array([0.0, -1e-9])[:, None] * 2**30 * np.arange(8)).sum(1)
+    assert error(states(own)[0, 0, :, 0, 0], want) < 1e-5
+
+
+@eight_cpus
+def test_no_tracer_leaks_and_no_constants(precise):
+    q, k, v, *_ = inputs(38, 8, 72, 4, 2, 8, 8)
+    f = lambda q, k, v: lightning_attn(q, k, v, 1, 4)
+    mesh = mesh_of(AUTO, a=8)
+    put = [jax.device_put(x, jax.NamedSharding(mesh, P("a"))) for x in (q, k, v)]
+    jax.clear_caches()
+    with jax.checking_leaks():
+        got = jax.jit(jax.grad(loss_of(f), (0, 1, 2)))(*put)
+    close(got, jax.grad(loss_of(f), (0, 1, 2))(q, k, v), 1e-5)
+
+    def folded(x):
+        with jax.ensure_compile_time_eval():
+            return x + f(q, k, v)[0]
+    close(jax.jit(folded)(q), q + f(q, k, v)[0], 1e-5)
 
 
 @eight_cpus
