@@ -124,10 +124,11 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
                    cu_seqlens=None, *, g_gamma=None, backend=None, seq_axis=None, output_final_state=True):
     """Lightning attention (arXiv:2307.14995, 2401.04658, 2501.08313): o_t = scale q_t S_t, S_t = e^g S_{t-1} + k_t v_t^T.
 
-    Works under jit, grad (to any order), vmap, scan, remat, export and sharding; is differentiable in `query`, `key`, `value`,
-    `initial_state` and `g_gamma`, for cotangents of both results. Derivatives are reverse mode only: `jax.jvp` and `jax.jacfwd` raise. `jax.export` of symbolic shapes takes backend="xla" and a symbolic `seq_len` that is known to be 64 or
-    more; batch and `num_seqs` may be symbolic as well. A jit over sharded arrays cannot be exported, because JAX cannot serialize
-    its partitioning: export a `jax.shard_map` instead.
+    Works under jit, grad (to any order), vmap, scan, remat, export and sharding. Differentiable with respect to `query`, `key`,
+    `value`, `initial_state` and `g_gamma`; both results may carry gradients. Derivatives are reverse mode only: `jax.jvp` and
+    `jax.jacfwd` raise. `jax.export` of symbolic shapes takes backend="xla" and a symbolic `seq_len` that is known to be 64 or more;
+    the batch may be symbolic as well. A jit over sharded arrays cannot be exported, because JAX cannot serialize its partitioning:
+    export a `jax.shard_map` instead.
 
     Args:
       query: [batch, seq_len, num_heads, qk_head_dim], float32, bfloat16 or float16 (float64 in x64 mode: plain JAX everywhere).
@@ -137,7 +138,9 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
       value: [batch, seq_len, num_kv_heads, v_head_dim], in the dtype of `query`.
       layer_idx, num_layers: integers, possibly traced: the layer, from 0, and the number of layers. They give head h the log decay
         g = -(8 / num_heads) (1 - layer_idx / num_layers) h. Leave both out to give `g_gamma` instead. Values that are traced, or on
-        a device while something is traced, cannot be checked: no head forgets in a layer from `num_layers` on.
+        a device while something is traced, cannot be checked: no head forgets in a layer from `num_layers` on. Inside a
+        `jax.shard_map` that splits the heads the formula would number each device's heads from 0, which is wrong and cannot be seen
+        from inside: there, give each device its part of `lightning_g_gamma(num_heads of all devices, ...)` as `g_gamma`.
       softmax_scale: scale of the outputs, 0 or a normal number of float32; None means qk_head_dim ** -0.5. A traced one multiplies
         `query`, in its dtype, and is not checked.
       initial_state: [n, num_heads, qk_head_dim, v_head_dim], floating: the states that the sequences start from. n is the batch or
@@ -151,19 +154,22 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
         hand. Elsewhere it counts as 0, and its gradient is 0.
       backend: None picks when the computation is lowered: Triton for cuda and rocm, plain JAX for anything else. "triton" and
         "xla" force one. GPUs older than sm_80 take plain JAX.
-      seq_axis: name of a `jax.shard_map` mesh axis over which `seq_len` is split evenly, in order: one sequence on many devices.
-        Only states cross it, never tokens; `initial_state` and `final_state` are those of the whole sequence.
+      seq_axis: name of a `jax.shard_map` mesh axis, or a tuple of names, over which `seq_len` is split evenly, in order: one
+        sequence on many devices. Only states cross it, never tokens; `initial_state` and `final_state` are those of the whole
+        sequence.
+      output_final_state: a static bool. False returns None for the final state, and no kernel writes one.
 
     Returns:
       output: [batch, seq_len, num_heads, v_head_dim] in the dtype of `query`.
-      final_state: [n, num_heads, qk_head_dim, v_head_dim], float32 (float64 for float64 inputs).
+      final_state: [n, num_heads, qk_head_dim, v_head_dim], float32 (float64 for float64 inputs). In a decode step, seq_len 1 with
+        an `initial_state` that the caller donates or carries through a loop, it takes the memory of that state.
 
     Accuracy: states, decays and sums are float32. float32 inputs follow `jax.default_matmul_precision`: TF32 by default on GPUs,
-    "high" and "highest" for float32. Gradients have the dtype of what they are gradients of. That of `g_gamma` is float32
-    throughout: for each head, relative to its value or, where its terms cancel, to the root of the sum of their squares, it is off
-    by at most 2e-3 for float32 at "highest", by 1e-2 for 16 bits and TF32. It takes a scan in plain JAX on any backend, of about
-    twice the products of a forward one, and nothing where it is not asked for. float16 states
-    and scaled scores, q_i.k_j times `softmax_scale`, round to float16 where they are multiplied, and overflow there past 65504.
+    float32 for "high" and "highest". Gradients have the dtype of what they are gradients of. The gradient of `g_gamma` is float32 throughout. Its
+    error for each head, relative to its value or, where its terms cancel, to the root of the sum of their squares, is at most 2e-3
+    for float32 at "highest", and 1e-2 for 16 bits and TF32. It takes a scan in plain JAX on any backend, and nothing where nobody
+    differentiates `g_gamma`. float16 states and scaled scores, q_i.k_j times `softmax_scale`, round to float16 where they are
+    multiplied, and overflow there past 65504.
 
     Raises:
       TypeError, ValueError: naming the argument, what was expected and what came, before anything runs.
@@ -195,7 +201,9 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
             raise TypeError(f"seq_axis: expected the name of an axis of a shard_map around this call, got {seq_axis!r}")
         if not set(axes) <= set(jax.sharding.get_abstract_mesh().manual_axes):
             raise ValueError(f"seq_axis: expected an axis of a shard_map around this call, got {seq_axis!r}")
-    op = _Op(scale, bool(reverse), False, backend, jax.config.jax_default_matmul_precision, final_state=output_final_state)
+    if not isinstance(output_final_state, (bool, np.bool_)):
+        raise TypeError(f"output_final_state: expected True or False, got {output_final_state!r}")
+    op = _Op(scale, bool(reverse), False, backend, jax.config.jax_default_matmul_precision, final_state=bool(output_final_state))
     s0 = None if s0 is None else s0[:, None] if cu is None else s0[None]
     g, cu = g[None], None if cu is None else cu[None]
     if seq_axis is None:
@@ -209,7 +217,7 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
 @_promotes
 def lightning_attn_reference(query, key, value, layer_idx=None, num_layers=None, softmax_scale=None, initial_state=None,
                              reverse=False, cu_seqlens=None, *, g_gamma=None):
-    """The recurrence, token by token, nothing clever: arguments and results of `lightning_attn`, in plain JAX."""
+    """The recurrence, one token at a time, in plain JAX. Arguments and results are those of `lightning_attn`, less the last three."""
     q, k, v, g, scale, s, cu = _check(query, key, value, layer_idx, num_layers, softmax_scale, initial_state, reverse, cu_seqlens,
                                       g_gamma)
     (B, T, H, K), V, dtype = q.shape, v.shape[-1], jnp.promote_types(q.dtype, jnp.float32)

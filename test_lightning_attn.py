@@ -865,6 +865,58 @@ def test_gradients_of_one_result(path, precise, result):
 
 
 @each_path
+@pytest.mark.parametrize("cu", [None, [0, 30, 30, 70]])
+def test_no_final_state(path, precise, cu):
+    """Without one the output and all gradients are those of a final state that nobody reads."""
+    q, k, v, s0, do, _ = inputs(28, 1, 70, 2, 1, 8, 8, n=cu and 3)
+    cu, g = None if cu is None else jnp.array(cu), jnp.linspace(-0.3, 0, 2)
+
+    def gradients(**kwargs):
+        f = lambda q, k, v, s0, g: (attend(path, q, k, v, initial_state=s0, g_gamma=g, cu_seqlens=cu, **kwargs)[0] * do).sum()
+        return jax.jit(jax.value_and_grad(f, (0, 1, 2, 3, 4)))(q, k, v, s0, g)
+
+    assert attend(path, q, k, v, g_gamma=g, cu_seqlens=cu, output_final_state=False)[1] is None
+    close(gradients(output_final_state=False), gradients(), 1e-6)
+    close(attend(path, q[:, :1], k[:, :1], v[:, :1], 1, 2, initial_state=s0[:1], output_final_state=False)[0],
+          attend(path, q[:, :1], k[:, :1], v[:, :1], 1, 2, initial_state=s0[:1])[0], 1e-6)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+def test_states_that_nobody_reads_are_not_written():
+    """Of the scans of a gradient, only dv's has a final state, and only for the gradient of an initial state."""
+    x, s0 = jax.ShapeDtypeStruct((4, 200, 64, 64), "bfloat16"), jax.ShapeDtypeStruct((4, 64, 64, 64), "float32")
+    def written(f, *args):
+        found = launches("sm_90", f, *args)
+        return [arguments["way"] // 16 for kernel, _, arguments, _ in found if kernel.__name__ == "_hopper_kernel"]
+    loss = lambda x, s0: lightning_attn(x, x, x, 1, 2, initial_state=s0, output_final_state=False, backend="triton")[0].astype(jnp.float32).sum()
+    assert written(jax.grad(loss), x, None) == [0, 0]            # forward and dq, which is the same call; dv and dk
+    assert written(jax.grad(loss, (0, 1)), x, s0) == [0, 1]
+    both = lambda x: sum(y.astype(jnp.float32).sum() for y in lightning_attn(x, x, x, 1, 2, backend="triton"))
+    assert written(jax.grad(both), x) == [1, 0, 0]
+
+
+@wants_gpu
+def test_a_decode_step_takes_the_memory_of_its_state():
+    """Donated, or carried through a loop: no second state, and no copy. Not donated, the caller's state is as it was."""
+    q, k, v, s0, *_ = inputs(28, 8, 1, 16, 16, 64, 64, "bfloat16")
+    f = lambda s0, q, k, v: lightning_attn(q, k, v, 1, 2, initial_state=s0)
+    memory = jax.jit(f, donate_argnums=0).lower(s0, q, k, v).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= s0.nbytes and memory.temp_size_in_bytes < s0.nbytes / 8
+    loop = jax.jit(lambda s0, q, k, v: jax.lax.scan(lambda s, x: f(s, *x)[::-1], s0, (q, k, v)), donate_argnums=0)
+    stacked = [jnp.stack([x, x, x]) for x in (q, k, v)]
+    text = loop.lower(s0, *stacked).compile().as_text()
+    assert not re.search(r"= f32\[[\d,]*16,64,64\]\S* copy\(", text)
+    before = np.asarray(s0)
+    want = f(f(f(s0, q, k, v)[1], q, k, v)[1], q, k, v)
+    assert np.array_equal(s0, before)
+    got = loop(s0, *stacked)
+    close((got[1][2], got[0]), want, 1e-6)
+    layers = jnp.stack([jnp.asarray(before)] * 3)                # of a model: states are scanned over, and stacked again
+    got = jax.jit(lambda s, q, k, v: jax.lax.scan(lambda c, s: (c, f(s, q, k, v)), 0, s)[1])(layers, q, k, v)
+    close((got[0][2], got[1][2]), f(layers[0], q, k, v), 1e-6)
+
+
+@each_path
 def test_second_derivatives(path, precise):
     q, k, v, s0, do, ds = inputs(23, 1, 5, 2, 1, 3, 2)
     at, along = (q, k, v, s0, jnp.array([-0.1, -0.7])), (*inputs(29, 1, 5, 2, 1, 3, 2)[:4], jnp.array([0.3, -1.2]))
@@ -1014,6 +1066,7 @@ def bad_calls():
         ("scale vector", dict(softmax_scale=x(4)), V, "softmax_scale: expected a scalar, got shape (4,)"),
         ("scale complex", dict(softmax_scale=1j), T, "softmax_scale: expected a real number, got 1j"),
         ("reverse no bool", dict(reverse="yes"), T, "reverse: expected True or False, got 'yes'"),
+        ("final state no bool", dict(output_final_state=1), T, "output_final_state: expected True or False, got 1"),
         ("state rank", dict(initial_state=x(4, 16, 16)), V, "initial_state: expected shape [2, 4, 16, 16], got (4, 16, 16)"),
         ("state heads", dict(initial_state=x(2, 2, 16, 16)), V, "initial_state: expected shape [2, 4, 16, 16]"),
         ("state count", dict(initial_state=x(3, 4, 16, 16)), V, "initial_state: expected 2 states, the batch, got 3"),
