@@ -688,54 +688,58 @@ def _head_count(name, shape):
 
 
 def _sharding_rule(op, shapes):
-    """What the compiler may split: batch rows, and heads, which an operand may share in groups. A factor of the heads is named by the count
-    that it completes: 2 key heads of 8 query heads are h2, (h2 h8), with h8 = 4."""
+    """What the compiler may split: batch rows, and heads, which operands share in groups. A factor of
+    the heads is named by the count that it completes: with 2 key heads and 8 query heads, keys have
+    h2 and queries (h2 h8), where h8 is 4."""
     B, H = shapes["q"][0], shapes["g"][1]
     counts = sorted({1} | {_head_count(*item) for item in shapes.items()})
     sizes = {f"h{count}": count // fewer for fewer, count in zip(counts, counts[1:])}
-    alone, own = set(), map("one{}".format, itertools.count())   # a dim of size 1 that others have more of is a factor of its own
+    # a dim of size 1 where others have more is a factor of its own, which nothing splits
+    own = map("one{}".format, itertools.count())
 
-    def dim(letter, rows, heads):
-        if letter == "b":
-            return "b" if rows == B else next(own)
-        if letter != "h":
-            return letter
-        factors = [f"h{count}" for count in counts[1:] if count <= heads] or [next(own)]
-        alone.update(factors * (len(factors) == 1))
-        return factors[0] if len(factors) == 1 else f"({' '.join(factors)})"
+    def write(pattern, rows, heads):
+        parts = [factor for factor in sizes if int(factor[1:]) <= heads]
+        words = {"b": "b" if rows == B else next(own), "h": " ".join(parts) or next(own)}
+        words["h"] = f"({words['h']})" if len(parts) > 1 else words["h"]
+        return [words.get(dim, dim) for dim in pattern.split()]
 
-    write = lambda pattern, rows, heads: " ".join(dim(letter, rows, heads) for letter in pattern.split())
-    operands = [write(_OPERANDS[name], shape[0], _head_count(name, shape)) for name, shape in shapes.items()]
-    results = [write(_RESULTS[name].replace("t", "u") if op.only_state else _RESULTS[name], B, H)
-               for name, wanted in (("o", True), ("s", op.final_state), ("y", "w" in shapes)) if wanted]
-    rule = ", ".join(operands) + " -> " + ", ".join(results)
-    whole = tuple(dict.fromkeys(letter for letter in rule.split() if letter.strip(",") in set("tuknmv")))
-    return dict(sharding_rule=rule, need_replication_factors=tuple(dict.fromkeys(letter.strip(",") for letter in whole)),
-                **{factor: size for factor, size in sizes.items() if factor not in alone})
+    tensors = [write(_OPERANDS[name], shape[0], _head_count(name, shape)) for name, shape in shapes.items()]
+    wanted = dict(o=True, s=op.final_state, y="w" in shapes)
+    results = [write(_RESULTS[name], B, H) for name in _RESULTS if wanted[name]]
+    if op.only_state:
+        results[0][1] = "no_tokens"
+    rule = " -> ".join(", ".join(map(" ".join, side)) for side in (tensors, results))
+    dims = [dim for tensor in tensors + results for dim in tensor]
+    # in order of appearance, as the compiler wants them
+    whole = tuple(dict.fromkeys(dim for dim in dims if dim in ("t", "no_tokens", "k", "v", "n", "m")))
+    return dict(sharding_rule=rule, need_replication_factors=whole,
+                **{factor: size for factor, size in sizes.items() if factor not in dims})
 
 
 def _partition(op, shapes, traced_mesh, mesh, _, results):
     """How one device scans its part: mesh, function, shardings of the results and of the operands."""
     mesh, rows, heads = _split_of(results[0], mesh, traced_mesh)
-    devices = math.prod(mesh.shape[axis] for axis in heads)
-    shared = any(_head_count(name, shape) % devices for name, shape in shapes.items() if _head_count(name, shape) > 1)
-    if shapes["g"][1] % devices or shared and traced_mesh.manual_axes:                     # a device of a part of a mesh knows no number of its own
-        heads, devices = (), 1
-    split = {"b": rows or None, "h": heads or None}
+    devices, H = math.prod(mesh.shape[axis] for axis in heads), shapes["g"][1]
+    fewer = {name for name in ("q", "k", "v", "w") if name in shapes and shapes[name][2] > 1 and shapes[name][2] % devices}
+    # heads that devices share are chosen by the device's number, which a part of a mesh does not know
+    if H % devices or fewer and traced_mesh.manual_axes:
+        heads, devices, fewer = (), 1, set()
 
-    def put(pattern, rows=True, heads=True):
-        return NamedSharding(mesh, PartitionSpec(*({"b": rows, "h": heads}.get(letter, False) and split[letter] or None for letter in pattern.split())))
+    def put(pattern, split_rows=True, split_heads=True):
+        split = {"b": rows if split_rows else (), "h": heads if split_heads else ()}
+        return NamedSharding(mesh, PartitionSpec(*(split.get(dim) or None for dim in pattern.split())))
 
     def one_device(*operands):
-        operands = [x if name not in ("q", "k", "v", "w") or x is None or shapes[name][2] % devices == 0 else
-                    _heads_of_device(x, shapes["g"][1] // devices, devices, lax.axis_index(heads)) for name, x in zip(_OPERANDS, operands)]
+        operands = [_heads_of_device(x, H // devices, devices, lax.axis_index(heads)) if name in fewer else x
+                    for name, x in zip(_OPERANDS, operands)]
         # the mesh at hand is not that of what a device has for itself
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
             return _on_platform(op, *operands)
 
-    return (mesh, one_device, tuple(None if x is None else put(pattern) for x, pattern in zip(results, _RESULTS.values())),
-            tuple(put(pattern, shapes[name][0] == shapes["q"][0], _head_count(name, shapes[name]) % devices == 0) if name in shapes else None
-                  for name, pattern in _OPERANDS.items()))
+    by_operand = [put(pattern, shapes[name][0] == shapes["q"][0], name not in fewer and _head_count(name, shapes[name]) > 1)
+                  if name in shapes else None for name, pattern in _OPERANDS.items()]
+    by_result = [None if x is None else put(pattern) for x, pattern in zip(results, _RESULTS.values())]
+    return mesh, one_device, tuple(by_result), tuple(by_operand)
 
 
 def _split_of(x, mesh, traced_mesh):
