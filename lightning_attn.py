@@ -937,7 +937,7 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
     if w is not None:
         return _one_by_one(_scan_xla, op, q, k, v, g, s0, cu, w)
     B, T, H, K, V = *q.shape[:2], g.shape[1], q.shape[3], v.shape[3]
-    n = 1 if cu is None else cu.shape[1] - 1
+    sequences = 1 if cu is None else cu.shape[1] - 1
     # XLA would fold decays that it knows into large constants, and be slower
     g = lax.optimization_barrier(g)
     packed, wide = cu is not None, g.dtype
@@ -954,13 +954,17 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
         qs, ks, vs = (_load_chunks(x, first, read, C, H, packed, wide) for x in (q, k, v))
         _, _, eq, ek, eS = _decays(op, g, read, C)
         Z = dot("bnhjk,bnhjv->bnhkv", ks * (scale_k * ek), vs)
-        before = _states_before(op, g, S, Z, read, begins if packed else None)
-        if packed and s0 is not None:
-            before += _states_entering(op, g, s0, read, begins, sequence)
-        after = eS * before + Z
-        S = after[:, 0 if op.reverse else -1]
+        N = read.shape[1]
+        before, after = [None] * N, [None] * N
+        for n in reversed(range(N)) if op.reverse else range(N):    # unrolled: a loop would launch a kernel per chunk
+            if packed:
+                entering = 0 if s0 is None else _states_of(s0, sequence[:, n])
+                S = jnp.where(begins[:, n, None, None, None], entering, S)
+            before[n] = S
+            after[n] = S = eS[:, n] * S + Z[:, n]
+        before, after = jnp.stack(before, 1), jnp.stack(after, 1)   # [B, N, H, K, V]
         if packed:
-            to = jnp.where(ends & (sequence >= 0), sequence, n)
+            to = jnp.where(ends & (sequence >= 0), sequence, sequences)
             to = jnp.broadcast_to(to, (B, to.shape[1]))
             s = jax.vmap(lambda s, to, S: s.at[to].set(S, mode="drop"))(s, to, after)
         P = dot("bnhik,bnhjk->bnhij", qs, ks) * D
@@ -969,7 +973,7 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
 
     S = jnp.zeros((B, H, K, V), wide) if packed or s0 is None else s0[:, 0]
     # every sequence has a chunk that ends it, so no 0 of these remains
-    s = jnp.zeros((B, n, H, K, V), wide) if packed else None
+    s = jnp.zeros((B, sequences, H, K, V), wide) if packed else None
 
     def group_or_nothing(carry, work):                           # half of a pack's rows may be without work
         no_outputs = jnp.zeros((B, works.shape[2], C, H, V), v.dtype)
@@ -985,42 +989,6 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
         o = _from_chunks(o, works, T, C) if packed else o[:, :T]
     s = s if packed else S[:, None]
     return o, s if op.final_state else None, None
-
-
-def _in_scan_order(op, *rows):
-    """Of chunks [B | 1, N] in scan order: the tokens of the group before each, and rows of theirs."""
-    rows = [jnp.flip(row, 1) if op.reverse else row for row in rows]
-    return jnp.cumsum(rows[0], 1) - rows[0], *rows
-
-
-def _states_before(op, g, S, Z, read, begins):
-    """The state before each chunk of a group, [B, N, H, K, V], less what sequences start from: what
-    the chunks before it in its sequence add, Z, and what the group starts from, S, decayed."""
-    if begins is None:
-        begins = jnp.zeros_like(read)
-    before, read, begins = _in_scan_order(op, read, begins)
-    sequence, n = jnp.cumsum(begins, 1), jnp.arange(read.shape[1])
-    from_chunk = before[:, :, None] - (before + read)[:, None]   # [B | 1, n, m]
-    linked = (n[:, None] > n) & (sequence[:, :, None] == sequence[:, None])
-    power = lambda x: jnp.exp(g.reshape(*g.shape, *(1,) * (x.ndim - 1)) * jnp.maximum(x, 0)[:, None])
-    weight = jnp.where(linked[:, None], power(from_chunk), 0)     # [B | 1, H, n, m]
-    carried = jnp.where((sequence == 0)[:, None], power(before), 0)               # [B | 1, H, n]
-    if op.reverse:
-        weight, carried = jnp.flip(weight, (2, 3)), jnp.flip(carried, 2)
-    weight = jnp.broadcast_to(weight, (Z.shape[0], *weight.shape[1:]))
-    return (jnp.einsum("bhnm,bmhkv->bnhkv", weight, Z, precision="highest")
-            + carried.swapaxes(1, 2)[..., None, None] * S[:, None])
-
-
-def _states_entering(op, g, s0, read, begins, sequence):
-    """What sequences start from, s0, in the state before each chunk of a group, [B, N, H, K, V]."""
-    before, read, begins = _in_scan_order(op, read, begins)
-    since = before - lax.cummax(jnp.where(begins, before, 0), axis=1)
-    weight = jnp.where(jnp.cumsum(begins, 1)[:, None] > 0, jnp.exp(g[..., None] * since[:, None]), 0)
-    weight = (jnp.flip(weight, 2) if op.reverse else weight).swapaxes(1, 2)[..., None, None]
-    of = jnp.broadcast_to(sequence, (s0.shape[0], sequence.shape[1]))
-    states = jax.vmap(lambda s0, of: s0.at[of].get(mode="clip"))(s0, of)
-    return jnp.where((of >= 0)[..., None, None, None], weight * states, 0)
 
 
 def _from_chunks(o, works, T, C):
