@@ -1689,7 +1689,7 @@ def test_compute_sanitizer(tool, tmp_path):
 # partitioning shows. On GPUs the kernels run, on as many devices as there are.
 
 KINDS = {                                                        # the smallest sizes that make each launch
-    "one-segment": dict(T=72), "segments": dict(T=1024), "parts-of-keys": dict(T=72, K=136, V=136), "decode": dict(T=1),
+    "one-segment": dict(T=72), "segments": dict(T=1024), "parts-of-keys": dict(T=72, K=136), "decode": dict(T=1),
     "two-gradients-at-once": dict(T=72, K=64, V=64, dtype="bfloat16"), "pack": dict(B=1, T=1100, cu=[0, 20, 20, 1090], state=False),
     "pack-with-states": dict(B=1, T=1100, cu=[0, 20, 20, 1090])}
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
