@@ -9,27 +9,34 @@
 # Unless required by applicable law or agreed to in writing, software distributed under the License is
 # distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and limitations under the License.
-"""Lightning attention for JAX: linear attention with a fixed decay per head, for GPUs (Triton, Gluon) and all else (plain JAX).
+"""Lightning attention for JAX: linear attention with a fixed decay per head. Triton and Gluon kernels for GPUs, plain JAX elsewhere.
 
 For one sequence and one head, with log decay g <= 0 and scale s, a state S of shape [K, V] is carried along the tokens:
 
     S_t = e^g S_{t-1} + k_t v_t^T              o_t = s q_t S_t
 
 TransNormerLLM (arXiv:2307.14995) introduced it, Lightning Attention-2 (arXiv:2401.04658) computes it in chunks and MiniMax-01
-(arXiv:2501.08313) trained it at scale. Time is linear in the sequence length, the state is all the memory there is.
+(arXiv:2501.08313) trained it at scale. Time grows linearly with the sequence length; the state is all that is remembered.
 
-This file is all there is to copy. It needs jax and numpy; on NVIDIA and AMD GPUs also `jax-triton` and `triton`.
+Copy this file; nothing else is needed. It needs jax and numpy; on NVIDIA and AMD GPUs also `jax-triton` and `triton`.
 
 Glossary (kernels and formulas share these letters)
-    B, T          batch, tokens in a batch row            H, h      heads of the decay and of the output, one of them
-    K, V          head dims of queries/keys, of values    n         sequences in a batch row (1 unless packed)
-    q, k, v, o    queries, keys, values, outputs          g         log decay of a head in nats (`g_gamma`), gm in bits
-    S             state; the kernels hold S^T [V, K]      s0, s     states that sequences start from, end with
-    C             tokens in a chunk (one loop step)       L, R      tokens in a segment or piece (one program), rows of them
-    P, D          scores q_i.k_j with their decays D      M         pieces in a segment
-    dq, dk, dS    decays of what queries read, of what    z, Z      states of pieces of segments that others follow, how many
-                  keys add, of the state over a chunk     w, y      queries of the transposed state, what they read
-    rank i, j     place of a token in its chunk in scan order, whichever the direction
+    B, T          batch rows; tokens of a batch row
+    H, h          number of heads; index of a head
+    K, V          head dims: of queries and keys; of values
+    n             sequences of a batch row: 1 unless packed
+    q, k, v, o    queries, keys, values, outputs
+    g, gm         log decay of a head: in nats (`g_gamma`); in bits
+    S             state [K, V]; the kernels hold S^T [V, K]
+    s0, s         initial and final states of the sequences
+    C             tokens per chunk, which is one step of a loop
+    L, R          tokens per segment (or piece), which is one program; number of them
+    M             pieces per segment
+    z, Z          states that pieces leave behind; number of them
+    P, D          scores q_i.k_j; their decays
+    dq, dk, dS    in kernels, factors for reading the state, adding a key, carrying the state over a chunk; elsewhere, gradients
+    w, y          queries that read S^T; what they read
+    rank i, j     position of a token in its chunk, counted in scan direction
 """
 from __future__ import annotations
 
@@ -447,26 +454,26 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
 
 # The scan that everything is made of --------------------------------------------------------------------------------------------
 #
-# Below the API every batch row is a pack of n sequences, a plain batch being packs of one, and the op is a scan over them:
+# Internally every batch row is a pack of n sequences; a row of a plain batch is a pack of one. The op is a scan over them:
 #
 #     _scan(op, q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], g [B | 1, H], s0 [B, n, H, K, V] | None, cu [B | 1, n+1] | None)
-#         -> o [B, T, H, V], s [B, n, H, K, V]
+#         -> o [B, T, H, V], s [B, n, H, K, V] | None, y | None
 #
-# Any operand may have fewer heads than the decay. The op is linear in q, k, v and s0, so its gradients are scans as well:
+# Each operand may have fewer heads than the decay; heads are then shared in groups. The op is linear in q, k, v and s0, so its gradients are scans as well:
 #
 #     dq = scan(do, v, k, from s0^T)     dk = scan back(v, do, q, from ds^T)     dv = scan back(k, q, do, from ds)     ds0 = its end
 #
-# where the adjoint of a scan that decays its state before a token is added decays it after the token is read (`post`): so the
-# cotangent of the final state is the state that it starts from, and what it ends with is the cotangent of s0.
+# A forward scan decays the state before it adds a token. Its adjoint runs backwards, and decays the state after the token was read
+# (`post`). It starts from the cotangent of the final state and ends with the cotangent of s0.
 #
-# The states of dk's scan are those of dv's, transposed: with a last operand w [B, T, Hw, V] a scan also returns y_i = scale S_i w_i [B, T,
-# H, K], and dk is what v reads there.
+# The scans for dk and dv have the same state, transposed. A scan given w [B, T, Hw, V] also returns y_i = scale S_i w_i [B, T, H, K],
+# so one scan with w = v yields both.
 
 @dataclasses.dataclass(frozen=True)
 class _Op:
-    scale: float                                                 # of what queries read, or (post) of what enters the state
+    scale: float                                                 # multiplies outputs or, if post, what enters the state
     reverse: bool
-    post: bool                                                   # S_t enters o_t, and decays after it instead of before k_t v_t^T
+    post: bool                                                   # decay the state after the token is read, not before it is added
     backend: str | None
     precision: Any                                               # jax.default_matmul_precision where the op was called
     only_state: bool = False                                     # o is [B, 0, H, V]
@@ -487,7 +494,7 @@ def _to_heads(x, heads, dtype):
 
 
 def _attend(op, *operands):
-    """The scan with its gradients. A final state that nothing depends on has no cotangent, unless shard_map is around: it wants zeros."""
+    """The scan with its gradients. An unused final state gets no cotangent, except inside shard_map, which requires zeros."""
     return (_attend_local if jax.sharding.get_abstract_mesh().manual_axes else _attend_anywhere)(op, *operands)
 
 
@@ -542,7 +549,7 @@ _attend_local.defvjp(lambda op, *operands: (_attend(op, *operands), (*operands, 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_both(op, q, k, v, g, s0, cu, w):
-    """The scan, and what w reads of its states transposed."""
+    """The scan, plus what w reads from the transposed states."""
     return _scan(op, q, k, v, g, s0, cu, w)
 
 
@@ -555,7 +562,7 @@ _attend_both.defvjp(lambda op, *operands: (_attend_both(op, *operands), operands
                     lambda op, operands, cotangents: jax.vjp(functools.partial(_one_by_one, _attend, op), *operands)[1](cotangents))
 
 
-# One sequence on many devices: each starts from what the devices before it leave, so states are all that is sent, once each way.
+# One sequence on many devices: each device starts from the state that the devices before it leave. Only states are sent, once each way.
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend_across(op, axes, q, k, v, g, s0):
@@ -573,8 +580,8 @@ def _across_fwd(op, axes, q, k, v, g, s0):
 def _across_bwd(op, axes, saved, cotangents):
     q, k, v, g, s0, s_in = saved
     do, ds = cotangents
-    checked = set(axes) <= _varying(q)                                 # else shard_map(check_vma=False) sums what devices give and hands
-    devices = lax.axis_size(axes)                                # each its part of what they share
+    checked = set(axes) <= _varying(q)                                 # with check_vma=False shard_map itself sums what devices return
+    devices = lax.axis_size(axes)                                # and gives each device its part of a shared cotangent
     r_in, ds0 = _exchange(op.adjoint(), axes, q, do, g, ds if checked else lax.psum(ds, axes))
     dq, dk, dv, dg, *_ = _gradients(op, (q, k, v, _vary(g, q), s_in, None, ()), do, r_in)
     if checked:
@@ -586,7 +593,7 @@ _attend_across.defvjp(_across_fwd, _across_bwd)
 
 
 def _exchange(op, axes, k, v, g, s0):
-    """The state that this device's tokens start from, and the one that the whole sequence ends with (the same everywhere)."""
+    """The state that this device's tokens start from, and the final state of the whole sequence, which all devices have."""
     own = _attend(dataclasses.replace(op, only_state=True, final_state=True), k, k, v, _vary(g, k), None, None)[1]
     spec = _spec(own)
     return _in_auto_mode(functools.partial(_states_around, op, axes, k.shape[1]), (own, g, s0), (spec, spec))
@@ -602,7 +609,7 @@ def _states_around(op, axes, T, own, g, s0):
     rank = lax.axis_index(axes)
     rank = devices - 1 - rank if op.reverse else rank
 
-    def after(devices_before):                                   # the state that so many devices, and s0, leave behind
+    def after(devices_before):                                   # the state after so many devices, s0 included
         age = devices_before - 1 + first - jnp.arange(every.shape[0])
         weight = jnp.where(age >= 0, jnp.exp(g[..., None] * T * jnp.maximum(age, 0)), 0)    # [B | 1, H, devices (+ 1)]
         return jnp.einsum("bhd,dbnhkv->bnhkv", jnp.broadcast_to(weight, (own.shape[0], *weight.shape[1:])), every, precision="highest")
@@ -626,7 +633,7 @@ def _spec(x):
 
 
 def _in_auto_mode(f, operands, out_specs):
-    """f(*operands). On a mesh with Explicit axes the compiler is handed them for the call, and results are sharded by `out_specs`."""
+    """f(*operands). On a mesh with Explicit axes, f runs in Auto mode, and `out_specs` shard its results."""
     meshes = jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands))
     mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])                    # arrays know their mesh where none is set
     explicit = tuple(a for a, kind in zip(mesh.axis_names, mesh.axis_types) if kind == jax.sharding.AxisType.Explicit)
@@ -637,7 +644,7 @@ def _in_auto_mode(f, operands, out_specs):
 
 
 def _scan(op, q, k, v, g, s0, cu, w=None):
-    """One scan, wherever it is called from: under vmap, on sharded arrays, for whichever platform. Returns o, s, y; None for what is not asked."""
+    """The entry point of every scan: it adds the rules of vmap, sharding and platform. Returns o, s and y, or None for what is not asked for."""
     return _folded(op)(q, k, v, g, s0, cu, w)
 
 
@@ -654,7 +661,7 @@ def _folded(op):
 
         def fold(x, is_mapped):
             if x is None or not is_mapped and x.shape[0] == 1 and (x is g or x is cu):
-                return x                                         # one decay or one set of boundaries for every row
+                return x                                         # all rows share one decay, or one set of boundaries
             x = x if is_mapped else jnp.broadcast_to(x, (N, *x.shape))
             x = jnp.broadcast_to(x, (N, B, *x.shape[2:]))
             return x.reshape(N * B, *x.shape[2:])
@@ -800,13 +807,13 @@ def _scan_nothing(op, q, k, v, g, s0, cu, w):
 # Where sequences begin and end --------------------------------------------------------------------------------------------------
 
 def _intervals(T, cu):
-    """Cuts T tokens at boundaries cu [n+1] that may be anything: n+2 intervals (what is before the first sequence, the sequences,
-    what is after the last) as bounds [n+3] that never decrease, and which of them are sequences. One that runs backwards, outside
-    of the tokens or into an earlier one is an empty sequence, and its tokens, like those at both ends, belong to none."""
+    """Splits T tokens at boundaries cu [n+1], which may hold anything, into n+2 intervals: before the first sequence, each sequence,
+    after the last. Returns bounds [n+3] that never decrease, and which intervals are sequences. A sequence that runs backwards,
+    outside of the tokens or into an earlier one is not: it counts as empty, and the tokens of its interval belong to no sequence."""
     zero, last = jnp.zeros(1, jnp.int32), jnp.full(1, T, jnp.int32)
     start, end = jnp.concatenate([zero, cu]), jnp.concatenate([cu, last])
     fits = (0 <= start) & (start <= end) & (end <= T)
-    latest = jnp.concatenate([zero, lax.cummax(jnp.where(fits, end, 0))[:-1]])               # tokens are spoken for up to here
+    latest = jnp.concatenate([zero, lax.cummax(jnp.where(fits, end, 0))[:-1]])               # the end of the last valid sequence so far
     fits &= start >= latest
     i = jnp.arange(start.shape[0])
     return jnp.concatenate([jnp.where(fits, start, latest), last]), fits & (0 < i) & (i < start.shape[0] - 1)
@@ -1067,8 +1074,8 @@ def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
 
 # The kernels --------------------------------------------------------------------------------------------------------------------
 #
-# They hold S^T, [V, K]: o^T = S^T q^T then takes it from the registers that it is summed in, and of all that is multiplied in a
-# chunk only the [C, C] scores pass through shared memory. z, which no one else reads, is kept as [V, K] too.
+# Kernels keep the state transposed, S^T [V, K]. The accumulator is then the left operand of o^T = S^T q^T as it is, and only the
+# [C, C] scores go through shared memory. z is private to the kernels and has the same layout.
 #
 # One binary serves scans in all directions. Flags are the bits of an argument, `way`: 2 if reverse, 4 if post, 8 if z lies as [K, V],
 # 16 if the final state is wanted. Bit 1 stays 0, because jax-triton compiles in an argument that is 1 (as an integer: hence `scale * 1.0`).
@@ -1082,8 +1089,8 @@ _kernel, _gluon = (triton.jit, gluon.jit) if triton else (lambda f: f,) * 2
 
 
 def _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED: tl.constexpr, ROWS_FIRST: tl.constexpr):
-    """What a program works on: tile of the values, of the keys, head, batch row, r and row r of its `_table`, read or, for a plain batch,
-    worked out: that saves it a launch and a wait for memory. Neighbours share tokens, or else (ROWS_FIRST) their head."""
+    """Which tiles of the values and keys, head, batch row, r and row r of its `_table` a program handles. A pack reads the row; a plain
+    batch computes it, which saves a launch and a load. Consecutive programs share tokens or, if ROWS_FIRST, a head."""
     i = tl.program_id(0)
     i_v, i = i % NV, i // NV
     i_k, i = i % NK, i // NK
@@ -1104,8 +1111,8 @@ def _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED: tl.constexpr
 
 
 def _enter(S, z, s0, zT, state, inside, place, sequence, swap, gL, HAS_S0: tl.constexpr):
-    """S plus the state that a segment starts from: what the segments before it leave, linked, and the sequence's own, decayed. Numbers
-    lie at `zT` in z, as in [V, K], or (swap), as in any state, at `state`."""
+    """Adds the state at the start of a segment to S: the linked state of the segments before it, and the decayed initial state.
+    `zT` and `state` are offsets in [V, K] and [K, V] layout; with `swap`, z has the latter."""
     if place > 0:
         if swap > 0:
             S += tl.load(z + state, mask=inside, other=0.0)
@@ -1137,13 +1144,13 @@ def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE
                    PACKED: tl.constexpr, PRECISION: tl.constexpr):
     """z^T = sum_j e^{g(L-1-j)} v_j k_j^T over a piece of L tokens (post: e^{g(L-j)}, times the scale).
 
-    A weight that is 0 in float32 at the end of the segment belongs to a token that is not read, and to a z that is not written:
-    for most heads that is most of the segment."""
+    Tokens whose weight at the end of the segment underflows float32 are skipped, and pieces that consist of such tokens are not
+    written. For most heads that is most of the segment."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     reverse, post = way // 2 % 2, way // 4 % 2
     turn = 1 - 2 * reverse
-    # the heads that forget least, the first ones, are at work longest: all of their rows start at once
+    # the first heads forget least and take longest, so all of their rows start first
     i_v, i_k, h, b, r, first, tokens, read, sequence, place, after, slot = _work(table, NK, NV, H, R, T, L, TABLE_STRIDE, reverse, PACKED, True)
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
     if tokens < 0 or gm * L * (M - 1 - place % M) <= -150.0:
@@ -1177,17 +1184,17 @@ def _link_kernel(z, g, table, linked, L, H, R, TABLE_STRIDE, G_STRIDE, Z, M: tl.
     h, i = i % H, i // H
     r, b = i % R * M, (i // R).to(tl.int64)
     segments = Z // M
-    if PACKED:                                                   # the first piece of a sequence stands for all of it
+    if PACKED:                                                   # only the program of the first piece walks the sequence
         row = table + b * TABLE_STRIDE + r * 7
         segments = tl.where((tl.load(row + 1) < 0) | (tl.load(row + 4) > 0), 0, (tl.load(row + 5) + 1) // M)
     gL = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32) * L
     if (gL <= -150.0) & (z.to(tl.int64, bitcast=True) == linked.to(tl.int64, bitcast=True)):
-        return                                                   # every z is that already
+        return                                                   # nothing survives a segment: z is final
     j, e = tl.arange(0, M)[:, None], i_e * BE + tl.arange(0, BE)
     offset = ((b * Z + r) * H + h) * E
     stride = tl.full([], H * E, tl.int64)
     S = tl.full([BE], 0.0, tl.float32)
-    for c in tl.range(0, segments, num_stages=3):                # (reads ahead of what it writes)
+    for c in tl.range(0, segments, num_stages=3):                # pipelined loads never overtake these stores
         zs = tl.load(z + offset + j * stride + e[None, :], mask=(e[None, :] < E) & (gL * (M - 1 - j) > -150.0), other=0.0)
         offset += (M - 1) * stride
         S = S * tl.exp2(gL * M) + tl.sum(zs * tl.exp2(gL * (M - 1 - j)), 0)
@@ -1203,7 +1210,7 @@ def _scan_kernel(q, k, v, g, s0, z, table, s, o, B, T, L, H, R, n, HQ, HK, HV, T
     by chunk over one segment, for one head, BV of the V columns, and BK of the K that are summed over after another.
     i, j in scan order, m tokens in the chunk (post: e^{gi} q_i S and e^{g(m-j)} k_j v_j^T, and the scale is of what enters S).
 
-    What lies outside of the segment reads as 0 and is not written, whatever the table says of it."""
+    Loads outside of the segment return 0, and stores are masked, whatever the table holds."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     reverse, post = way // 2 % 2, way // 4 % 2
@@ -1258,9 +1265,9 @@ def _scan_kernel(q, k, v, g, s0, z, table, s, o, B, T, L, H, R, n, HQ, HK, HV, T
             tl.debug_barrier()                                   # threads reread outputs that others of the program wrote
 
 
-# The same scan for 16-bit operands on Hopper, in Gluon, because Triton waits for each product and for each copy through shared
-# memory before it starts the next. Here the tensor memory accelerator fetches chunks ahead, and products run while what does
-# not need them goes on. Warps own 16 rows of S^T each; [C, BV] outputs are turned in shared memory to leave in whole lines.
+# The same scan for 16-bit operands on Hopper, in Gluon. Triton waits for each product, and for each copy through shared memory,
+# before it starts the next. Here the tensor memory accelerator prefetches chunks, and products overlap with independent work. Each
+# warp owns 16 rows of S^T. [C, BV] outputs are transposed in shared memory, so that stores are coalesced.
 
 @_gluon
 def _fetch(qd, kd, vd, wd, full, qs, ks, vs, ws, row, hq, hk, hv, hw, column_k, column_v, BOTH: gl.constexpr):
@@ -1274,7 +1281,8 @@ def _fetch(qd, kd, vd, wd, full, qs, ks, vs, ws, row, hq, hk, hv, hw, column_k, 
 
 @_gluon
 def _multiply(qs, ks, vs, ws, sb, ps, pw, S, D, dq, dk, dS, LO: gl.constexpr, LP: gl.constexpr, BOTH: gl.constexpr):
-    """o^T, y^T and S'^T of a chunk, in this order still being summed when it returns, and the operands that they read from registers."""
+    """Issues the products of one chunk. o^T, y^T and S'^T are still being summed when it returns, in this order. The operands that they
+    read from registers are returned as well, so that they stay alive until the wait."""
     C: gl.constexpr = ks.shape[0]
     BV: gl.constexpr = vs.shape[1]
     dtype: gl.constexpr = ks.dtype
@@ -1282,7 +1290,7 @@ def _multiply(qs, ks, vs, ws, sb, ps, pw, S, D, dq, dk, dS, LO: gl.constexpr, LP
     AS: gl.constexpr = gl.DotOperandLayout(0, S.type.layout, 2)
     qt = qs.permute((1, 0))
     wt = ws.permute((1, 0))
-    if not BOTH:                                                 # for both there are not the registers: sb holds it
+    if not BOTH:                                                 # two scans lack the registers, and read the state from sb
         Sb = gl.convert_layout(S.to(dtype), AO)
     P = hopper.warpgroup_mma(ks, qt, gl.full([C, C], 0.0, gl.float32, LP), use_acc=False, is_async=True)
     O = hopper.warpgroup_mma(sb if BOTH else Sb, qt, gl.full([BV, C], 0.0, gl.float32, LO), use_acc=False, is_async=True)
@@ -1299,7 +1307,7 @@ def _multiply(qs, ks, vs, ws, sb, ps, pw, S, D, dq, dk, dS, LO: gl.constexpr, LP
     if not BOTH:
         O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
         Y = O
-    gl.barrier()                                                 # scores are all there (the compiler fences them for the product)
+    gl.barrier()                                                 # all warps have stored their scores (the compiler fences them)
     O = hopper.warpgroup_mma(vs.permute((1, 0)) if BOTH else vt, ps, O * dq[None, :], is_async=True)
     if BOTH:
         Y = hopper.warpgroup_mma_wait(1, [Y])
@@ -1310,7 +1318,7 @@ def _multiply(qs, ks, vs, ws, sb, ps, pw, S, D, dq, dk, dS, LO: gl.constexpr, LP
 
 @_gluon
 def _rows(x, t, read, stride, column, D: gl.constexpr, C: gl.constexpr, BD: gl.constexpr, W: gl.constexpr):
-    """Pointers to rows t .. t+C, columns column .. column+BD of x, whose rows are `stride` apart, and which are inside of [read, D]."""
+    """Pointers to rows t .. t+C, columns column .. column+BD of x, whose rows are `stride` apart, and a mask of those inside [read, D]."""
     LB: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [W, 1], [1, 0])
     row = t + gl.arange(0, C, gl.SliceLayout(1, LB))[:, None]
     col = column + gl.arange(0, BD, gl.SliceLayout(0, LB))[None, :]
@@ -1325,7 +1333,7 @@ def _read(x, t, read, stride, column, D: gl.constexpr, C: gl.constexpr, BD: gl.c
 
 @_gluon
 def _put(o, os, O, old, t, tokens, stride, column, D: gl.constexpr, W: gl.constexpr, ADD: gl.constexpr):
-    """Stores O^T, plus `old` if ADD."""
+    """Stores O^T, plus `old` if ADD: [BV, C] -> [C, BV]."""
     at, inside = _rows(o, t, tokens, stride, column, D, os.shape[0], os.shape[1], W)
     os.permute((1, 0)).store(O.to(os.dtype))
     out = os.load(gl.BlockedLayout([1, 8], [256 // os.shape[1], os.shape[1] // 8], [W, 1], [1, 0]))
@@ -1398,7 +1406,7 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, s, o, y, B, T, L
         hopper.fence_async_shared()
         gl.barrier()
         whole = read // C
-        t = (tokens - C) * reverse                               # where the first chunk is, and how far it is to the next one
+        t = (tokens - C) * reverse                               # offset of the first chunk
         forth = turn * C
         row = start.to(gl.int32) + t
         for i in range(gl.minimum(whole, STAGES)):
@@ -1414,12 +1422,12 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, s, o, y, B, T, L
         dk = gl.exp2(gm * (C - 1 - rank_k + post)) * scale_k
         dS = gl.exp2(gm * C)
         c, stage, phase = 0, 0, 0
-        while c < (tokens + C - 1) // C:                         # (of a `for`, Triton's pipeliner waits for each product)
+        while c < (tokens + C - 1) // C:                         # with `for`, Triton's pipeliner would wait for each product
             qs, ks = qb.index(stage).reshape([C, BK]), kb.index(stage).reshape([C, BK])
             vs, ws = vb.index(stage).reshape([C, BV]), wb.index(stage).reshape([C, BV])
             if c < whole:
                 hopper.mbarrier.wait(full.index(stage), phase)
-            else:                                                # the ragged end of a sequence; padding, for which zeros are stored
+            else:                                                # a ragged last chunk, or padding, whose outputs are 0
                 qs.store(_read(q, t, read, HQ * K, column_k, K, C, BK, W))
                 ks.store(_read(k, t, read, HK * K, column_k, K, C, BK, W))
                 vs.store(_read(v, t, read, HV * V, column_v, V, C, BV, W))
@@ -1467,7 +1475,7 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, s, o, y, B, T, L
 @_kernel
 def _step_kernel(q, k, v, g, s0, s, o, H, HQ, HK, HV, G_STRIDE, scale, way, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
                  BV: tl.constexpr, HAS_S0: tl.constexpr):
-    """`_scan_kernel` for sequences of one token: nothing to multiply as matrices, so the state passes through once, as it lies."""
+    """`_scan_kernel` for sequences of one token (decoding): no matrix products; the state is read and written once. s may be s0."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i = tl.program_id(0)
     i_v, i = i % NV, i // NV
@@ -1495,13 +1503,13 @@ def _step_kernel(q, k, v, g, s0, s, o, H, HQ, HK, HV, G_STRIDE, scale, way, K: t
 class _Config:
     """How the scan is launched. Chosen by `_config` alone; `bench.py --tune` measures what it should choose."""
     kernel: Any                                                  # `_hopper_kernel` or `_scan_kernel`
-    C: int                                                       # tokens a chunk: 16 at least, for the matrix units
-    BK: int                                                      # columns of the queries and keys a program
-    BV: int                                                      # columns of the values a program
+    C: int                                                       # tokens per chunk: at least 16, for the matrix units
+    BK: int                                                      # columns of queries and keys per program
+    BV: int                                                      # columns of values per program
     num_warps: int
-    num_stages: int                                              # chunks in flight, the one at work included
-    residents: int                                               # programs that a processor holds at once
-    states_BK: int                                               # columns of the keys a program of `_states_kernel`, 64 of the values
+    num_stages: int                                              # chunks in flight, the one in use included
+    residents: int                                               # resident programs per processor
+    states_BK: int                                               # key columns per program of `_states_kernel`, beside 64 value columns
     states_stages: int                                           # chunks of 64 tokens in flight there
 
 
@@ -1574,7 +1582,7 @@ def _arguments(op, k, v, g, cu, L, rows, M, pieces=0):
 
 
 def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
-    """`swap` sums the states of segments with k and v exchanged: those of the transposed scan are the same call then, which XLA makes once."""
+    """`swap` sums the states of segments with k and v exchanged. A scan and its transpose then make the same call, which XLA makes once."""
     K, V, dtype = q.shape[3], v.shape[3], q.dtype
     (B, T), HQ, H, n = q.shape[:2], q.shape[2], g.shape[1], 1 if cu is None else cu.shape[1] - 1
     arch, processors = _gpu() or ("sm_90", 132)                  # traced, and never lowered, where there is no GPU
@@ -1601,13 +1609,13 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
 
     C, BK, BV = config.C, config.BK, config.BV
     programs = B * H * -(-V // BV)
-    room = dtype.itemsize * T * (K + V) // (14 * K * V)          # states in a seventh of the memory of q, k, v and o
-    # segments that fill the GPU, but none so short that its state costs more than its tokens
+    room = dtype.itemsize * T * (K + V) // (14 * K * V)          # states that fit in a seventh of the memory of q, k, v and o
+    # as many segments as fill the GPU, of at least 512 tokens: a state must cost less than its tokens
     segments = max(1, min(processors * config.residents // programs, T // 512, 1 + room))
-    x, y = (v, k) if swap else (k, v)                            # what their states are summed from
+    x, y = (v, k) if swap else (k, v)                            # the operands that states are summed from
     tile = dict(BK=min(_block(x.shape[3]), config.states_BK), BV=min(_block(y.shape[3]), 64))
     tiles = -(-x.shape[3] // tile["BK"]) * -(-y.shape[3] // tile["BV"])
-    # M pieces a segment, a power of 2: the states of a head that forgets nothing are summed by programs that all run at once
+    # M = 2^i pieces per segment, so that concurrent programs sum the states of a head that never forgets
     M = max(1, min(8, 3 * processors // (B * segments * tiles), T // (segments * 256), room // max(1, segments - 1)))
     M = 1 << M.bit_length() - 1
     piece = -(-T // (segments * M * C)) * C
@@ -1618,7 +1626,7 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     precise = op.precision is not None and op.precision not in fast and not op.precision.startswith("ANY_F8")
     precision = dict(PRECISION="ieee" if arch.startswith("gfx") else "tf32x3" if precise else "tf32")
 
-    z = g                                                        # never read where no segment follows another
+    z = g                                                        # a placeholder, which is not read where no segment follows another
     if Z:
         table, arguments = _arguments(op, x, y, g, cu, piece, Z, 1 if op.only_state else M, M)
         z = _launch(_states_kernel, x, y, g, table, out=jax.ShapeDtypeStruct((B, Z, H, y.shape[3], x.shape[3]), jnp.float32), C=64,
@@ -1637,7 +1645,7 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     table, arguments = _arguments(op, k, v, g, cu, L, R, M)
     arrays = q, k, v, g, g if s0 is None else s0, z, table
     if config.kernel is _hopper_kernel:
-        # made by the host, because those that a kernel makes need scratch memory, which a launch inside a CUDA graph does not get
+        # descriptors made in a kernel would need scratch memory, which CUDA graphs do not provide
         view = lambda x, D, BD: jax_triton.TensorDescriptor(x, (B * T, x.shape[2], D), (x.shape[2] * D, D, 1), (C, 1, BD),
                                                             gl.NVMMASharedLayout(128, 16, 3))
         both, w = w is not None, v if w is None else w
