@@ -631,8 +631,7 @@ def test_segments_with_states_of_several_tiles(path):
 
 
 @pytest.mark.parametrize("path", PATHS[1:])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("cu", [None, [0, 20, 5020, 6150]])
+@pytest.mark.parametrize("cu, reverse", [(None, False), ([0, 20, 5020, 6150], True)])
 def test_segments_in_pieces(path, reverse, cu, precise, monkeypatch):
     """On a GPU that holds 9 or 10 programs, 3 segments of 8 or 4 pieces each, of which a head may need all, some, or the end of the last."""
     module = INTERPRETED.get(path, la)
@@ -1404,7 +1403,7 @@ print(float(jax.jit(jax.grad(lambda x: lightning_attn(x, x, x, 1, 4)[0].sum()))(
 
 # What was tried to break it -----------------------------------------------------------------------------------------------------
 
-EXAMPLES = {"xla": 12, "interpreter": 4, "gluon": 8, "gpu": 5}
+EXAMPLES = {"xla": 8, "interpreter": 3, "gluon": 6, "gpu": 5}
 ROUNDING = {"float32": 3e-5, "bfloat16": 1.5e-2, "float16": 2e-3}
 
 
@@ -1879,8 +1878,10 @@ def step_of(attend):
 
 
 @eight_cpus
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("shape, spec", [((8,), P("a")), ((4,), P(None, None, "a")), ((2, 4), P("a", None, "b")), ((4, 2), P(("a", "b"))), ((2, 4), P("a", "b")), ((2, 4), P("a", None, None, "b"))])
+@pytest.mark.parametrize("kind, shape, spec", [
+    *[("Auto", *mesh) for mesh in [((8,), P("a")), ((4,), P(None, None, "a")), ((2, 4), P("a", None, "b")), ((4, 2), P(("a", "b"))),
+                                   ((2, 4), P("a", "b")), ((2, 4), P("a", None, None, "b"))]],
+    ("Explicit", (2, 4), P("a", None, "b")), ("Explicit", (2, 4), P("a", "b"))])
 def test_sharded_by_jit(precise, kind, shape, spec):
     """The sharding rule is outside of the choice of platform: what is seen here holds for GPUs."""
     q, k, v, s0, do, ds = inputs(30, 8, 72, 8, 4, 8, 8)
@@ -2071,8 +2072,7 @@ def test_shard_map(precise, shape, axes, reverse, check, path):
 
 
 @eight_cpus
-@pytest.mark.parametrize("check", [True, False])
-def test_everything_inside_shard_map(precise, check):
+def test_everything_inside_shard_map(precise, check=True):
     """vmap, a scan over layers with remat and its second derivative, vmap of shard_map, and a pack on each device."""
     mesh = jax.make_mesh((2, 2, 2), ("b", "h", "t"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     g, rng = -0.05 * jnp.arange(4), np.random.default_rng(34)
@@ -2260,7 +2260,10 @@ def test_compiles_and_fits(arch, dtype):
         pytest.skip("a slim Triton, without the code generator for AMD")
     table = {}
     # float16 is launched as bfloat16 is, and registers are counted for sm_90 alone: elsewhere fewer sizes will do
-    sizes = (16, 64, 96, 128, 192, 256, 512) if arch == "sm_90" else (128,) if dtype == "float16" else (16, 128, 192, 512)
+    if arch == "sm_90":
+        sizes = (64, 128, 192) if dtype == "float16" else (16, 64, 96, 128, 192, 256, 512)
+    else:
+        sizes = (128,) if dtype == "float16" else (128, 512) if arch in ("sm_89", "sm_120") else (16, 128, 192, 512)
     shapes = [(1, 4096, 2, D) for D in sizes] + [(1, 1, 2, 128)]
     if arch == "sm_90":                                          # no argument is 1 here, which would be a constant
         shapes += [(2, 300, 4, 64)]
@@ -2282,7 +2285,7 @@ def test_compiles_and_fits(arch, dtype):
             few = 44 if arguments.get("BOTH") and D == 64 else 440 if D > 128 else 0
             counted = kernel.is_gluon() and la._fits(triton.__version__, ">=3.9")             # 3.8 spills 120 bytes for two scans
             assert not counted or spilled <= few, (key, spilled)
-    assert len(table) >= (8 if len(sizes) > 1 else 4)
+    assert len(table) >= 4
     assert any(key[0] == "_hopper_kernel" for key in table) == (la._HAS_HOPPER and arch == "sm_90" and dtype != "float32")
 
 
