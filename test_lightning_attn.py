@@ -479,7 +479,9 @@ def oracle(q, k, v, g, scale, s0, do, ds, reverse=False, cu=None):
 def error(got, want):
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
-    return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30) if want.size and np.any(want) else np.abs(got).max(initial=0)
+    size = np.linalg.norm(want) if want.size and np.any(want) else 1
+    off = np.linalg.norm(got - want) / max(size, 1e-30)
+    return np.inf if np.isnan(off) else off                      # `max` of a list may pass over NaN
 
 
 def errors(got, want, name):
