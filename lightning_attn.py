@@ -456,10 +456,10 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
 #
 # Internally every batch row is a pack of n sequences; a row of a plain batch is a pack of one. The op is a scan over them:
 #
-#     _scan(op, q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], g [B | 1, H], s0 [B, n, H, K, V] | None, cu [B | 1, n+1] | None)
+#     _scan(op, q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], g [B, H], s0 [B, n, H, K, V] | None, cu [B, n+1] | None)
 #         -> o [B, T, H, V], s [B, n, H, K, V] | None, y | None
 #
-# Each operand may have fewer heads than the decay; heads are then shared in groups. The op is linear in q, k, v and s0, so its gradients are scans as well:
+# Each operand may have one row in place of B, which all share, and fewer heads than the decay, which are then shared in groups. The op is linear in q, k, v and s0, so its gradients are scans as well:
 #
 #     dq = scan(do, v, k, from s0^T)     dk = scan back(v, do, q, from ds^T)     dv = scan back(k, q, do, from ds)     ds0 = its end
 #
@@ -657,16 +657,18 @@ def _folded(op):
 
     @scan.def_vmap
     def _(N, mapped, q, k, v, g, s0, cu, w):
-        B = q.shape[1 if mapped[0] else 0]
+        operands = q, k, v, g, s0, cu, w
+        mapped = *mapped[:4], *map(bool, mapped[4:])             # of None, custom_vmap says an empty tree
+        B = _shared(x.shape[int(is_mapped)] for x, is_mapped in zip(operands, mapped) if x is not None)
 
         def fold(x, is_mapped):
-            if x is None or not is_mapped and x.shape[0] == 1 and (x is g or x is cu):
-                return x                                         # all rows share one decay, or one set of boundaries
+            if x is None or not is_mapped and x.shape[0] == 1:
+                return x                                         # all rows share it
             x = x if is_mapped else jnp.broadcast_to(x, (N, *x.shape))
             x = jnp.broadcast_to(x, (N, B, *x.shape[2:]))
             return x.reshape(N * B, *x.shape[2:])
 
-        results = _scan(op, *map(fold, (q, k, v, g, s0, cu, w), (*mapped[:4], *map(bool, mapped[4:]))))
+        results = _scan(op, *map(fold, operands, mapped))
         return jax.tree.map(lambda x: x.reshape(N, B, *x.shape[1:]), results), jax.tree.map(lambda _: True, results)
 
     return scan
@@ -698,7 +700,7 @@ def _sharding_rule(op, shapes):
     """What the compiler may split: batch rows, and heads, which operands share in groups. A factor of
     the heads is named by the count that it completes: with 2 key heads and 8 query heads, keys have
     h2 and queries (h2 h8), where h8 is 4."""
-    B, H = shapes["q"][0], shapes["g"][1]
+    B, H = _shared(shape[0] for shape in shapes.values()), shapes["g"][1]
     counts = sorted({1} | {_head_count(*item) for item in shapes.items()})
     sizes = {f"h{count}": count // fewer for fewer, count in zip(counts, counts[1:])}
     # a dim of size 1 where others have more is a factor of its own, which nothing splits
@@ -727,6 +729,7 @@ def _partition(op, shapes, traced_mesh, mesh, _, results):
     """How one device scans its part: mesh, function, shardings of the results and of the operands."""
     mesh, rows, heads = _split_of(results[0], mesh, traced_mesh)
     devices, H = math.prod(mesh.shape[axis] for axis in heads), shapes["g"][1]
+    B = _shared(shape[0] for shape in shapes.values())
     fewer = {name for name in ("q", "k", "v", "w") if name in shapes and shapes[name][2] > 1 and shapes[name][2] % devices}
     # heads that devices share are chosen by the device's number, which a part of a mesh does not know
     if H % devices or fewer and traced_mesh.manual_axes:
@@ -743,7 +746,7 @@ def _partition(op, shapes, traced_mesh, mesh, _, results):
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
             return _on_platform(op, *operands)
 
-    by_operand = [put(pattern, shapes[name][0] == shapes["q"][0], name not in fewer and _head_count(name, shapes[name]) > 1)
+    by_operand = [put(pattern, shapes[name][0] == B, name not in fewer and _head_count(name, shapes[name]) > 1)
                   if name in shapes else None for name, pattern in _OPERANDS.items()]
     by_result = [None if x is None else put(pattern) for x, pattern in zip(results, _RESULTS.values())]
     return mesh, one_device, tuple(by_result), tuple(by_operand)
@@ -796,10 +799,20 @@ def _on_platform(op, *operands):
     return (kernels if op.backend == "triton" else plain)(*operands)
 
 
+def _batch(*operands):
+    """B of a scan's operands, each of which has B rows or one that all share."""
+    return _shared(x.shape[0] for x in operands if x is not None)
+
+
+def _shared(sizes):
+    """The size that all have which are not 1."""
+    return next((size for size in sizes if size != 1), 1)
+
+
 def _scan_nothing(op, q, k, v, g, s0, cu, w):
     """The scan of no tokens, or of no batch rows."""
-    (B, T, _, K), H, V, n = q.shape, g.shape[1], v.shape[3], 1 if cu is None else cu.shape[1] - 1
-    s = jnp.zeros((B, n, H, K, V), g.dtype) if s0 is None else s0
+    B, (T, _, K), H, V, n = _batch(q, k, v, g, s0, cu, w), q.shape[1:], g.shape[1], v.shape[3], 1 if cu is None else cu.shape[1] - 1
+    s = jnp.zeros((B, n, H, K, V), g.dtype) if s0 is None else jnp.broadcast_to(s0, (B, n, H, K, V))
     return (jnp.zeros((B, 0 if op.only_state else T, H, V), v.dtype), s if op.final_state else None,
             None if w is None else jnp.zeros((B, T, H, K), v.dtype))
 
@@ -887,17 +900,17 @@ def _by_chunk(xs):
     return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), xs)
 
 
-def _load_chunks(x, first, read, C, H, packed, wide):
-    """Tokens of x [B, T, Hx, D] in the chunks at first [B | 1, N] as [B, N, H, C, D]: 0 where no
+def _load_chunks(x, first, read, C, B, H, packed, wide):
+    """Tokens of x [B | 1, T, Hx, D] in the chunks at first [B | 1, N] as [B, N, H, C, D]: 0 where no
     sequence has tokens."""
-    (B, _, Hx, D), N, i = x.shape, first.shape[1], jnp.arange(C)
+    (rows, _, Hx, D), N, i = x.shape, first.shape[1], jnp.arange(C)
     if packed:
-        t = jnp.broadcast_to(first[..., None] + i, (B, N, C))
-        x = jax.vmap(lambda x, t: x.at[t].get(mode="clip"))(x, t)
+        x = x.at[jnp.arange(rows)[:, None, None], first[..., None] + i].get(mode="clip")
         x = jnp.where((i < read[..., None])[..., None, None], x, 0)
     else:                                                        # padded with zeros to whole groups
-        x = lax.dynamic_slice_in_dim(x, first[0, 0], N * C, 1).reshape(B, N, C, Hx, D)
-    return jnp.repeat(x.astype(wide).swapaxes(2, 3), H // Hx, axis=2)
+        x = lax.dynamic_slice_in_dim(x, first[0, 0], N * C, 1).reshape(rows, N, C, Hx, D)
+    x = jnp.repeat(x.astype(wide).swapaxes(2, 3), H // Hx, axis=2)
+    return jnp.broadcast_to(x, (B, N, H, C, D))
 
 
 def _decays(op, g, read, C):
@@ -926,9 +939,9 @@ def _distances(op, C):
 
 
 def _states_of(x, sequence):
-    """x[b, sequence[b]] of states x [B, n, H, K, V] as [B, H, K, V]; 0 for what is no sequence (-1)."""
-    x = jax.vmap(lambda x, i: lax.dynamic_index_in_dim(x, jnp.maximum(i, 0), keepdims=False))(
-        x, jnp.broadcast_to(sequence, x.shape[:1]))
+    """x[b, sequence[b]] of states x [B | 1, n, H, K, V] as [B | 1, H, K, V]; 0 for what is no sequence
+    (-1)."""
+    x = x[jnp.arange(x.shape[0]), jnp.maximum(sequence, 0)]
     return jnp.where((sequence >= 0)[:, None, None, None], x, 0)
 
 
@@ -943,7 +956,7 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
     """A group of chunks at a time; results as `_scan`'s."""
     if w is not None:
         return _one_by_one(_scan_xla, op, q, k, v, g, s0, cu, w)
-    B, T, H, K, V = *q.shape[:2], g.shape[1], q.shape[3], v.shape[3]
+    B, T, H, K, V = _batch(q, k, v, g, s0, cu), q.shape[1], g.shape[1], q.shape[3], v.shape[3]
     sequences = 1 if cu is None else cu.shape[1] - 1
     # XLA would fold decays that it knows into large constants, and be slower
     g = lax.optimization_barrier(g)
@@ -958,7 +971,7 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
     def group(carry, work):                                      # [B | 1, N, 7]
         S, s = carry
         first, read, begins, ends, sequence = _columns(op, work)
-        qs, ks, vs = (_load_chunks(x, first, read, C, H, packed, wide) for x in (q, k, v))
+        qs, ks, vs = (_load_chunks(x, first, read, C, B, H, packed, wide) for x in (q, k, v))
         _, _, eq, ek, eS = _decays(op, g, read, C)
         Z = dot("bnhjk,bnhjv->bnhkv", ks * (scale_k * ek), vs)
         N = read.shape[1]
@@ -978,7 +991,7 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
         O = dot("bnhij,bnhjv->bnhiv", P, vs) + eq * dot("bnhik,bnhkv->bnhiv", qs, before)
         return (S, s), (scale_q * O).swapaxes(2, 3).astype(v.dtype)
 
-    S = jnp.zeros((B, H, K, V), wide) if packed or s0 is None else s0[:, 0]
+    S = jnp.zeros((B, H, K, V), wide) if packed or s0 is None else jnp.broadcast_to(s0[:, 0], (B, H, K, V))
     # every sequence has a chunk that ends it, so no 0 of these remains
     s = jnp.zeros((B, sequences, H, K, V), wide) if packed else None
 
@@ -1057,7 +1070,7 @@ def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
     def group(carry, work):
         S, W, total = carry
         first, read, begins, ends, sequence = _columns(op, work)
-        qs, ks, vs, dos = (_load_chunks(x, first, read, C, H, packed, wide) for x in (q, k, v, do))
+        qs, ks, vs, dos = (_load_chunks(x, first, read, C, B, H, packed, wide) for x in (q, k, v, do))
         reads, leaves, eq, ek, eS = _decays(op, g, read, C)
         products = dot("bnhik,bnhjk->bnhij", qs, ks) * dot("bnhiv,bnhjv->bnhij", dos, vs)
         total += (D * products).sum((1, 3, 4))
@@ -1139,7 +1152,7 @@ def _load(x, t, read, stride, column, C: tl.constexpr, D: tl.constexpr, BD: tl.c
 
 
 @_kernel
-def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE, M, scale, way,
+def _states_kernel(k, v, g, table, z, T, L, H, R, KT, VT, HK, HV, TABLE_STRIDE, G_STRIDE, M, scale, way,
                    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                    PACKED: tl.constexpr, PRECISION: tl.constexpr):
     """z^T = sum_j e^{g(L-1-j)} v_j k_j^T over a piece of L tokens (post: e^{g(L-j)}, times the scale).
@@ -1155,9 +1168,8 @@ def _states_kernel(k, v, g, table, z, T, L, H, R, HK, HV, TABLE_STRIDE, G_STRIDE
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
     if tokens < 0 or gm * L * (M - 1 - place % M) <= -150.0:
         return
-    start = b * T + first
-    k += (start * HK + h // (H // HK)) * K
-    v += (start * HV + h // (H // HV)) * V
+    k += ((b * KT + first) * HK + h // (H // HK)) * K
+    v += ((b * VT + first) * HV + h // (H // HV)) * V
     rank = (C - 1) * reverse + turn * tl.arange(0, C)
     scale_k = scale * 1.0 if post > 0 else 1.0
     c_end = (tokens + C - 1) // C
@@ -1203,7 +1215,7 @@ def _link_kernel(z, g, table, linked, L, H, R, TABLE_STRIDE, G_STRIDE, Z, M: tl.
 
 
 @_kernel
-def _scan_kernel(q, k, v, g, s0, z, table, s, o, B, T, L, H, R, n, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, M, Z, scale, way,
+def _scan_kernel(q, k, v, g, s0, z, table, s, o, B, T, L, H, R, n, QT, KT, VT, S_STRIDE, HQ, HK, HV, TABLE_STRIDE, G_STRIDE, M, Z, scale, way,
                  K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                  PACKED: tl.constexpr, HAS_S0: tl.constexpr, PRECISION: tl.constexpr):
     """o_i = scale (e^{g(i+1)} q_i S + sum_{j<=i} e^{g(i-j)} (q_i.k_j) v_j), S' = e^{gm} S + sum_j e^{g(m-1-j)} k_j v_j^T, chunk
@@ -1220,11 +1232,11 @@ def _scan_kernel(q, k, v, g, s0, z, table, s, o, B, T, L, H, R, n, HQ, HK, HV, T
         return
     gm = (tl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(tl.float32)
     start = b * T + first
-    q += (start * HQ + h // (H // HQ)) * K
-    k += (start * HK + h // (H // HK)) * K
-    v += (start * HV + h // (H // HV)) * V
+    q += ((b * QT + first) * HQ + h // (H // HQ)) * K
+    k += ((b * KT + first) * HK + h // (H // HK)) * K
+    v += ((b * VT + first) * HV + h // (H // HV)) * V
     o += (start * H + h) * V
-    s0 += ((b * n + sequence) * H + h) * K * V
+    s0 += ((b * S_STRIDE + sequence) * H + h) * K * V
     s += ((b * n + sequence) * H + h) * K * V
     z += ((b * Z + slot * M - 1) * H + h) * K * V
 
@@ -1270,13 +1282,13 @@ def _scan_kernel(q, k, v, g, s0, z, table, s, o, B, T, L, H, R, n, HQ, HK, HV, T
 # warp owns 16 rows of S^T. [C, BV] outputs are transposed in shared memory, so that stores are coalesced.
 
 @_gluon
-def _fetch(qd, kd, vd, wd, full, qs, ks, vs, ws, row, hq, hk, hv, hw, column_k, column_v, BOTH: gl.constexpr):
+def _fetch(qd, kd, vd, wd, full, qs, ks, vs, ws, t, row_q, row_k, row_v, row_w, hq, hk, hv, hw, column_k, column_v, BOTH: gl.constexpr):
     hopper.mbarrier.expect(full, qd.nbytes_per_cta + kd.nbytes_per_cta + vd.nbytes_per_cta + (wd.nbytes_per_cta if BOTH else 0))
-    hopper.tma.async_load(qd, [row, hq, column_k], full, qs)
-    hopper.tma.async_load(kd, [row, hk, column_k], full, ks)
-    hopper.tma.async_load(vd, [row, hv, column_v], full, vs)
+    hopper.tma.async_load(qd, [row_q + t, hq, column_k], full, qs)
+    hopper.tma.async_load(kd, [row_k + t, hk, column_k], full, ks)
+    hopper.tma.async_load(vd, [row_v + t, hv, column_v], full, vs)
     if BOTH:
-        hopper.tma.async_load(wd, [row, hw, column_v], full, ws)
+        hopper.tma.async_load(wd, [row_w + t, hw, column_v], full, ws)
 
 
 @_gluon
@@ -1332,6 +1344,17 @@ def _read(x, t, read, stride, column, D: gl.constexpr, C: gl.constexpr, BD: gl.c
 
 
 @_gluon
+def _clear(x, t, read, W: gl.constexpr):
+    """Sets the rows of a chunk in shared memory, which starts at t, to 0 where they are outside of [0, read]."""
+    C: gl.constexpr = x.shape[0]
+    BD: gl.constexpr = x.shape[1]
+    LB: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [W, 1], [1, 0])
+    row = t + gl.arange(0, C, gl.SliceLayout(1, LB))[:, None]
+    chunk = x.load(LB)
+    x.store(gl.where((row >= 0) & (row < read), chunk, 0.0))
+
+
+@_gluon
 def _put(o, os, O, old, t, tokens, stride, column, D: gl.constexpr, W: gl.constexpr, ADD: gl.constexpr):
     """Stores O^T, plus `old` if ADD: [BV, C] -> [C, BV]."""
     at, inside = _rows(o, t, tokens, stride, column, D, os.shape[0], os.shape[1], W)
@@ -1343,8 +1366,8 @@ def _put(o, os, O, old, t, tokens, stride, column, D: gl.constexpr, W: gl.conste
 
 
 @_gluon
-def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, s, o, y, B, T, L, H, R, n, HQ, HK, HV, HW, TABLE_STRIDE, G_STRIDE, M, Z,
-                   scale, way, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
+def _hopper_kernel(qd, kd, vd, wd, g, s0, z, table, s, o, y, B, T, L, H, R, n, QT, KT, VT, WT, S_STRIDE, HQ, HK, HV, HW,
+                   TABLE_STRIDE, G_STRIDE, M, Z, scale, way, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
                    STAGES: gl.constexpr, PACKED: gl.constexpr, HAS_S0: gl.constexpr, BOTH: gl.constexpr):
     """`_scan_kernel`, line by line; qd, kd, vd, wd describe q, k, v, w as [B T, heads, head dim]. BOTH: also y_i = scale S_i w_i, the same
     for S transposed, where k and v change places; for a square tile that is all of K and V."""
@@ -1362,16 +1385,14 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, s, o, y, B, T, L
         return
     gm = (gl.load(g + b * G_STRIDE + h) * 1.4426950408889634).to(gl.float32)
     start = b * T + first
+    row_q, row_k = (b * QT).to(gl.int32) + first, (b * KT).to(gl.int32) + first
+    row_v, row_w = (b * VT).to(gl.int32) + first, (b * WT).to(gl.int32) + first
     hq, hk, hv, hw, column_v = h // (H // HQ), h // (H // HK), h // (H // HV), h // (H // HW), i_v * BV
-    q += (start * HQ + hq) * K
-    k += (start * HK + hk) * K
-    v += (start * HV + hv) * V
     o += (start * H + h) * V
     if BOTH:
-        w += (start * HW + hw) * V
         y += (start * H + h) * K
 
-    s0 += ((b * n + sequence) * H + h) * K * V
+    s0 += ((b * S_STRIDE + sequence) * H + h) * K * V
     s += ((b * n + sequence) * H + h) * K * V
     z += ((b * Z + slot * M - 1) * H + h) * K * V
 
@@ -1405,13 +1426,12 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, s, o, y, B, T, L
             hopper.mbarrier.init(full.index(i), count=1)
         hopper.fence_async_shared()
         gl.barrier()
-        whole = read // C
+        fetched = (read + C - 1) // C
         t = (tokens - C) * reverse                               # offset of the first chunk
         forth = turn * C
-        row = start.to(gl.int32) + t
-        for i in range(gl.minimum(whole, STAGES)):
-            _fetch(qd, kd, vd, wd, full.index(i), qb.index(i), kb.index(i), vb.index(i), wb.index(i), row + i * forth, hq, hk, hv, hw,
-                   column_k, column_v, BOTH)
+        for i in range(gl.minimum(fetched, STAGES)):
+            _fetch(qd, kd, vd, wd, full.index(i), qb.index(i), kb.index(i), vb.index(i), wb.index(i), t + i * forth,
+                   row_q, row_k, row_v, row_w, hq, hk, hv, hw, column_k, column_v, BOTH)
 
         scale_q, scale_k = 1.0 if post > 0 else scale * 1.0, scale * 1.0 if post > 0 else 1.0
         far = turn * (gl.arange(0, C, gl.SliceLayout(0, LP))[None, :] - gl.arange(0, C, gl.SliceLayout(1, LP))[:, None])   # [j, i]
@@ -1425,14 +1445,14 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, s, o, y, B, T, L
         while c < (tokens + C - 1) // C:                         # with `for`, Triton's pipeliner would wait for each product
             qs, ks = qb.index(stage).reshape([C, BK]), kb.index(stage).reshape([C, BK])
             vs, ws = vb.index(stage).reshape([C, BV]), wb.index(stage).reshape([C, BV])
-            if c < whole:
+            if c < fetched:
                 hopper.mbarrier.wait(full.index(stage), phase)
-            else:                                                # a ragged last chunk, or padding, whose outputs are 0
-                qs.store(_read(q, t, read, HQ * K, column_k, K, C, BK, W))
-                ks.store(_read(k, t, read, HK * K, column_k, K, C, BK, W))
-                vs.store(_read(v, t, read, HV * V, column_v, V, C, BV, W))
+            if (c + 1) * C > read:                               # tokens of other sequences, or of none, count as zeros
+                _clear(qs, t, read, W)
+                _clear(ks, t, read, W)
+                _clear(vs, t, read, W)
                 if BOTH:
-                    ws.store(_read(w, t, read, HW * V, column_v, V, C, BV, W))
+                    _clear(ws, t, read, W)
                 m = gl.minimum(tokens - c * C, C)
                 dk = gl.exp2(gm * gl.maximum(m - 1 - rank_k + post, 0)) * scale_k
                 dS = gl.exp2(gm * m)
@@ -1440,10 +1460,10 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, s, o, y, B, T, L
                 sb.store(S.to(dtype))
             hopper.fence_async_shared()
             gl.barrier()                                         # every warp is past the chunk before
-            if (c > 0) & (c - 1 + STAGES < whole):
+            if (c > 0) & (c - 1 + STAGES < fetched):
                 free = (stage + STAGES - 1) % STAGES
                 _fetch(qd, kd, vd, wd, full.index(free), qb.index(free), kb.index(free), vb.index(free), wb.index(free),
-                       row + (c - 1 + STAGES) * forth, hq, hk, hv, hw, column_k, column_v, BOTH)
+                       t + (STAGES - 1) * forth, row_q, row_k, row_v, row_w, hq, hk, hv, hw, column_k, column_v, BOTH)
             old = S
             if NK > 1:
                 old = _read(o, t, tokens * gl.minimum(part, 1), H * V, column_v, V, C, BV, W)
@@ -1473,8 +1493,8 @@ def _hopper_kernel(qd, kd, vd, wd, q, k, v, w, g, s0, z, table, s, o, y, B, T, L
 
 
 @_kernel
-def _step_kernel(q, k, v, g, s0, s, o, H, HQ, HK, HV, G_STRIDE, scale, way, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-                 BV: tl.constexpr, HAS_S0: tl.constexpr):
+def _step_kernel(q, k, v, g, s0, s, o, H, QT, KT, VT, S_STRIDE, HQ, HK, HV, G_STRIDE, scale, way, K: tl.constexpr, V: tl.constexpr,
+                 BK: tl.constexpr, BV: tl.constexpr, HAS_S0: tl.constexpr):
     """`_scan_kernel` for sequences of one token (decoding): no matrix products; the state is read and written once. s may be s0."""
     NV: tl.constexpr = (V + BV - 1) // BV
     i = tl.program_id(0)
@@ -1482,19 +1502,19 @@ def _step_kernel(q, k, v, g, s0, s, o, H, HQ, HK, HV, G_STRIDE, scale, way, K: t
     h, b = i % H, (i // H).to(tl.int64)
     decay = tl.exp(tl.load(g + b * G_STRIDE + h))
     ck, cv = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    qs = tl.load(q + (b * HQ + h // (H // HQ)) * K + ck, mask=ck < K, other=0.0).to(tl.float32)
-    ks = tl.load(k + (b * HK + h // (H // HK)) * K + ck, mask=ck < K, other=0.0).to(tl.float32)
-    vs = tl.load(v + (b * HV + h // (H // HV)) * V + cv, mask=cv < V, other=0.0).to(tl.float32)
-    at = (b * H + h) * K * V + ck[:, None] * V + cv[None, :]
+    qs = tl.load(q + (b * QT * HQ + h // (H // HQ)) * K + ck, mask=ck < K, other=0.0).to(tl.float32)
+    ks = tl.load(k + (b * KT * HK + h // (H // HK)) * K + ck, mask=ck < K, other=0.0).to(tl.float32)
+    vs = tl.load(v + (b * VT * HV + h // (H // HV)) * V + cv, mask=cv < V, other=0.0).to(tl.float32)
+    at = ck[:, None] * V + cv[None, :]
     inside = (ck < K)[:, None] & (cv < V)[None, :]
     post = way // 4 % 2
     scale_q, scale_k = 1.0 if post > 0 else scale * 1.0, scale * 1.0 if post > 0 else 1.0
     S = ks[:, None] * (vs * scale_k)[None, :]
     if HAS_S0:
-        S += tl.load(s0 + at, mask=inside, other=0.0) * (1.0 if post > 0 else decay)
+        S += tl.load(s0 + (b * S_STRIDE * H + h) * K * V + at, mask=inside, other=0.0) * (1.0 if post > 0 else decay)
     tl.store(o + (b * H + h) * V + cv, (tl.sum(qs[:, None] * S, 0) * scale_q).to(o.dtype.element_ty), mask=cv < V)
     if way // 16 % 2 > 0:
-        tl.store(s + at, S * (decay if post > 0 else 1.0), mask=inside)
+        tl.store(s + (b * H + h) * K * V + at, S * (decay if post > 0 else 1.0), mask=inside)
 
 
 # Their launch -------------------------------------------------------------------------------------------------------------------
@@ -1572,24 +1592,31 @@ def _in_place(call, arrays, in_place):
                                                                           **eqn.params | dict(input_output_aliases=aliases)))
 
 
-def _arguments(op, k, v, g, cu, L, rows, M, pieces=0):
+def _arguments(op, B, k, v, g, cu, L, rows, M, pieces=0):
     """The table of work in so many rows of L tokens, which is g where it is not read, and arguments that kernels share."""
     T, H, packed = k.shape[1], g.shape[1], cu is not None
     return _tables(T, cu, L, op.reverse, pieces) if packed else g, dict(
-        T=T, L=L, H=H, R=rows, HK=k.shape[2], HV=v.shape[2], K=k.shape[3], V=v.shape[3], M=M, scale=op.scale,
+        T=T, L=L, H=H, R=rows, KT=_tokens_apart(k, B), VT=_tokens_apart(v, B), HK=k.shape[2], HV=v.shape[2], K=k.shape[3],
+        V=v.shape[3], M=M, scale=op.scale,
         way=2 * op.reverse + 4 * op.post + 16 * op.final_state,
         TABLE_STRIDE=rows * 7 if packed and cu.shape[0] > 1 else 0, G_STRIDE=H if g.shape[0] > 1 else 0, PACKED=packed)
+
+
+def _tokens_apart(x, B):
+    """How many tokens lie between the rows of x [B | 1, T, H, D]: 0 where all rows share it."""
+    return x.shape[1] if x.shape[0] == B else 0
 
 
 def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     """`swap` sums the states of segments with k and v exchanged. A scan and its transpose then make the same call, which XLA makes once."""
     K, V, dtype = q.shape[3], v.shape[3], q.dtype
-    (B, T), HQ, H, n = q.shape[:2], q.shape[2], g.shape[1], 1 if cu is None else cu.shape[1] - 1
+    B, T, HQ, H, n = _batch(q, k, v, g, s0, cu, w), *q.shape[1:3], g.shape[1], 1 if cu is None else cu.shape[1] - 1
     arch, processors = _gpu() or ("sm_90", 132)                  # traced, and never lowered, where there is no GPU
     config = _config(arch, K, V, dtype, B, T)
     if w is not None and not (config.kernel is _hopper_kernel and max(K, V) <= config.BK == config.BV):
         transposed = dataclasses.replace(op, final_state=False)
         return *_scan_triton(op, q, k, v, g, s0, cu)[:2], _scan_triton(transposed, w, v, k, g, _transposed(s0), cu, swap=True)[0]
+    states_apart = n if s0 is not None and s0.shape[0] == B else 0
     # a final state that nobody reads is no output: the kernel gets an array that it does not touch
     states = jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
     unread, out = ([], [states]) if op.final_state else ([g], [])
@@ -1600,11 +1627,12 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
 
     if T == 1 and cu is None and not op.only_state:
         BK, BV = _block(K), min(_block(V), max(16, 8192 // _block(K)))
-        _, arguments = _arguments(op, k, v, g, cu, 1, 1, 1)
-        in_place = {4: 0} if s0 is not None and op.final_state else None
+        _, arguments = _arguments(op, B, k, v, g, cu, 1, 1, 1)
+        in_place = {4: 0} if s0 is not None and op.final_state and s0.shape[0] == B else None
         out = _launch(_step_kernel, q, k, v, g, g if s0 is None else s0, *unread, out=out, in_place=in_place, programs=B * H * -(-V // BV), HQ=HQ,
                       BK=BK, BV=BV, HAS_S0=s0 is not None, num_warps=4, num_stages=1,
-                      **{n: arguments[n] for n in ("H", "HK", "HV", "G_STRIDE", "scale", "way", "K", "V")})
+                      QT=_tokens_apart(q, B), S_STRIDE=states_apart,
+                      **{n: arguments[n] for n in ("H", "KT", "VT", "HK", "HV", "G_STRIDE", "scale", "way", "K", "V")})
         return results(*[None] * len(unread), *out)
 
     C, BK, BV = config.C, config.BK, config.BV
@@ -1628,7 +1656,7 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
 
     z = g                                                        # a placeholder, which is not read where no segment follows another
     if Z:
-        table, arguments = _arguments(op, x, y, g, cu, piece, Z, 1 if op.only_state else M, M)
+        table, arguments = _arguments(op, B, x, y, g, cu, piece, Z, 1 if op.only_state else M, M)
         z = _launch(_states_kernel, x, y, g, table, out=jax.ShapeDtypeStruct((B, Z, H, y.shape[3], x.shape[3]), jnp.float32), C=64,
                     programs=B * Z * H * tiles, num_warps=4, num_stages=config.states_stages, **precision, **tile, **arguments)
     if op.only_state:
@@ -1642,18 +1670,18 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
                     num_stages=1, **{n: arguments[n] for n in ("L", "H", "M", "TABLE_STRIDE", "G_STRIDE", "PACKED")})
 
     R = -(-T // L) if cu is None else T // L + n + 2
-    table, arguments = _arguments(op, k, v, g, cu, L, R, M)
+    table, arguments = _arguments(op, B, k, v, g, cu, L, R, M)
     arrays = q, k, v, g, g if s0 is None else s0, z, table
     if config.kernel is _hopper_kernel:
         # descriptors made in a kernel would need scratch memory, which CUDA graphs do not provide
-        view = lambda x, D, BD: jax_triton.TensorDescriptor(x, (B * T, x.shape[2], D), (x.shape[2] * D, D, 1), (C, 1, BD),
+        view = lambda x, D, BD: jax_triton.TensorDescriptor(x, (x.shape[0] * T, x.shape[2], D), (x.shape[2] * D, D, 1), (C, 1, BD),
                                                             gl.NVMMASharedLayout(128, 16, 3))
         both, w = w is not None, v if w is None else w
-        arrays = view(q, K, BK), view(k, K, BK), view(v, V, BV), view(w, V, BV), q, k, v, w, *arrays[3:]
+        arrays = view(q, K, BK), view(k, K, BK), view(v, V, BV), view(w, V, BV), *arrays[3:]
         out += [jax.ShapeDtypeStruct((B, T, H, K), dtype)] * both
-        kind = dict(HW=w.shape[2], STAGES=2 if both else config.num_stages, num_stages=1, BOTH=both, **({} if both else {"y": 0}))
+        kind = dict(WT=_tokens_apart(w, B), HW=w.shape[2], STAGES=2 if both else config.num_stages, num_stages=1, BOTH=both, **({} if both else {"y": 0}))
     else:
         kind = dict(num_stages=config.num_stages, **precision)
-    out = _launch(config.kernel, *arrays, *unread, out=out, programs=programs * R, B=B, n=n, HQ=HQ, Z=Z, C=C, BK=BK, BV=BV,
+    out = _launch(config.kernel, *arrays, *unread, out=out, programs=programs * R, B=B, n=n, QT=_tokens_apart(q, B), S_STRIDE=states_apart, HQ=HQ, Z=Z, C=C, BK=BK, BV=BV,
                   HAS_S0=s0 is not None, num_warps=config.num_warps, **kind, **arguments | dict(way=arguments["way"] + 8 * swap))
     return results(*[None] * len(unread), *out)
