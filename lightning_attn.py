@@ -867,15 +867,18 @@ def _tables(T, cu, *rest):
 # group multiplies for all its chunks at once; only states pass from chunk to chunk, in an inner scan
 # of sums. Chunks lie in the order of their tokens: a scan that goes back starts with the last one.
 
-CHUNK, GROUP = 64, 8                                            # tokens a chunk, chunks a group; at most
+CHUNK, GROUP = 64, 512                                          # tokens per chunk, and per group
 
 
-def _chunks(T, cu, groups_of):
-    """C and the work of all groups, [G, B | 1, N, 7]: rows of `_table`, and of -1 to fill the last."""
+def _chunks(T, cu, widest):
+    """C and the work of all groups, [G, B | 1, N, 7]: rows of `_table`, and of -1 to fill the last.
+    `widest`: the larger head dim. Chunks of its size cost as much as their states."""
     if not isinstance(T, int):                                   # in an export: of a symbolic length little is known
         C, groups_of = CHUNK, 1
-    else:                                                        # chunks of equal length leave the fewest tokens to pad
-        C = -(-T // -(-T // CHUNK))
+    else:
+        C = CHUNK if widest <= CHUNK else 2 * CHUNK
+        # chunks of equal length leave the fewest tokens to pad
+        groups_of, C = GROUP // C, -(-T // -(-T // C))
     # a sequence that is shorter than a chunk wastes the rest of it
     if cu is not None:
         C = min(C, max(16, _block(T // (cu.shape[1] - 1))))
@@ -900,7 +903,7 @@ def _by_chunk(xs):
     return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), xs)
 
 
-def _load_chunks(x, first, read, C, B, H, packed, wide):
+def _load_chunks(x, first, read, C, B, H, packed):
     """Tokens of x [B | 1, T, Hx, D] in the chunks at first [B | 1, N] as [B, N, H, C, D]: 0 where no
     sequence has tokens."""
     (rows, _, Hx, D), N, i = x.shape, first.shape[1], jnp.arange(C)
@@ -909,7 +912,7 @@ def _load_chunks(x, first, read, C, B, H, packed, wide):
         x = jnp.where((i < read[..., None])[..., None, None], x, 0)
     else:                                                        # padded with zeros to whole groups
         x = lax.dynamic_slice_in_dim(x, first[0, 0], N * C, 1).reshape(rows, N, C, Hx, D)
-    x = jnp.repeat(x.astype(wide).swapaxes(2, 3), H // Hx, axis=2)
+    x = jnp.repeat(x.swapaxes(2, 3), H // Hx, axis=2)
     return jnp.broadcast_to(x, (B, N, H, C, D))
 
 
@@ -954,24 +957,31 @@ def _whole_groups(x, work, C, packed):
 
 def _scan_xla(op, q, k, v, g, s0, cu, w=None):
     """A group of chunks at a time; results as `_scan`'s."""
-    if w is not None:
-        return _one_by_one(_scan_xla, op, q, k, v, g, s0, cu, w)
-    B, T, H, K, V = _batch(q, k, v, g, s0, cu), q.shape[1], g.shape[1], q.shape[3], v.shape[3]
+    B, T, H, K, V = _batch(q, k, v, g, s0, cu, w), q.shape[1], g.shape[1], q.shape[3], v.shape[3]
     sequences = 1 if cu is None else cu.shape[1] - 1
     # XLA would fold decays that it knows into large constants, and be slower
     g = lax.optimization_barrier(g)
     packed, wide = cu is not None, g.dtype
-    C, works = _chunks(T, cu, GROUP)
-    dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
+    C, works = _chunks(T, cu, max(K, V))
+
+    def dot(indices, x, y):                                      # rounds what it multiplies, as the kernels do
+        return jnp.einsum(indices, x.astype(v.dtype), y.astype(v.dtype), precision=op.precision, preferred_element_type=wide)
+
     scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
-    q, k, v = (_whole_groups(x, works, C, packed) for x in (q, k, v))
+    q, k, v, w = (x if x is None else _whole_groups(x, works, C, packed) for x in (q, k, v, w))
     far = _distances(op, C)
-    D = jnp.where(far >= 0, scale_k * _power(g, far[None, None, None]), 0)    # [B | 1, 1, H, i, j]
+    D = jnp.where(far >= 0, op.scale * _power(g, far[None, None, None]), 0)    # [B | 1, 1, H, i, j]
+
+    def outputs(q, k, v, eq, S):
+        """What queries read of the keys and values of their chunks, and of the states before them."""
+        P = dot("bnhik,bnhjk->bnhij", q, k) * D
+        O = dot("bnhij,bnhjv->bnhiv", P, v) + scale_q * eq * dot("bnhik,bnhkv->bnhiv", q, S)
+        return O.swapaxes(2, 3).astype(v.dtype)                  # [B, N, C, H, V]
 
     def group(carry, work):                                      # [B | 1, N, 7]
         S, s = carry
         first, read, begins, ends, sequence = _columns(op, work)
-        qs, ks, vs = (_load_chunks(x, first, read, C, B, H, packed, wide) for x in (q, k, v))
+        qs, ks, vs, ws = (x if x is None else _load_chunks(x, first, read, C, B, H, packed) for x in (q, k, v, w))
         _, _, eq, ek, eS = _decays(op, g, read, C)
         Z = dot("bnhjk,bnhjv->bnhkv", ks * (scale_k * ek), vs)
         N = read.shape[1]
@@ -987,28 +997,27 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
             to = jnp.where(ends & (sequence >= 0), sequence, sequences)
             to = jnp.broadcast_to(to, (B, to.shape[1]))
             s = jax.vmap(lambda s, to, S: s.at[to].set(S, mode="drop"))(s, to, after)
-        P = dot("bnhik,bnhjk->bnhij", qs, ks) * D
-        O = dot("bnhij,bnhjv->bnhiv", P, vs) + eq * dot("bnhik,bnhkv->bnhiv", qs, before)
-        return (S, s), (scale_q * O).swapaxes(2, 3).astype(v.dtype)
+        o = outputs(qs, ks, vs, eq, before)
+        return (S, s), (o, None if w is None else outputs(ws, vs, ks, eq, _transposed(before)))
 
     S = jnp.zeros((B, H, K, V), wide) if packed or s0 is None else jnp.broadcast_to(s0[:, 0], (B, H, K, V))
     # every sequence has a chunk that ends it, so no 0 of these remains
     s = jnp.zeros((B, sequences, H, K, V), wide) if packed else None
 
     def group_or_nothing(carry, work):                           # half of a pack's rows may be without work
-        no_outputs = jnp.zeros((B, works.shape[2], C, H, V), v.dtype)
-        nothing = lambda carry, work: (carry, _vary(no_outputs, q, k, v, g, s0, works))
+        shapes = jax.eval_shape(group, carry, work)[1]
+        nothing = lambda carry, work: (carry, _vary(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), q, k, v, g, s0, works))
         return lax.cond((work[..., 1] >= 0).any(), group, nothing, carry, work)
 
+    def by_token(o):
+        o = jnp.moveaxis(o, 0, 1).reshape(B, -1, H, o.shape[-1])    # [B, G N C, H, V]
+        return _from_chunks(o, works, T, C) if packed else o[:, :T]
+
     carry = _vary((S, s), q, k, v, g, s0, works)
-    (S, s), o = lax.scan(group_or_nothing if packed else group, carry, works, reverse=op.reverse)
-    if op.only_state:
-        o = jnp.zeros((B, 0, H, V), v.dtype)
-    else:
-        o = jnp.moveaxis(o, 0, 1).reshape(B, -1, H, V)           # [B, G N C, H, V]
-        o = _from_chunks(o, works, T, C) if packed else o[:, :T]
+    (S, s), (o, y) = lax.scan(group_or_nothing if packed else group, carry, works, reverse=op.reverse)
+    o = jnp.zeros((B, 0, H, V), v.dtype) if op.only_state else by_token(o)
     s = s if packed else S[:, None]
-    return o, s if op.final_state else None, None
+    return o, s if op.final_state else None, None if y is None else by_token(y)
 
 
 def _from_chunks(o, works, T, C):
@@ -1044,7 +1053,7 @@ def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
     if not (q.size and v.size):
         return _vary(jnp.zeros((B, H), g.dtype), q, k, v, g, s0, do, ds)
     packed, wide = cu is not None, g.dtype
-    C, works = _chunks(T, cu, GROUP)
+    C, works = _chunks(T, cu, max(K, V))
     dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
     scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
     q, k, v, do = (_whole_groups(x, works, C, packed) for x in (q, k, v, do))
@@ -1070,7 +1079,7 @@ def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
     def group(carry, work):
         S, W, total = carry
         first, read, begins, ends, sequence = _columns(op, work)
-        qs, ks, vs, dos = (_load_chunks(x, first, read, C, B, H, packed, wide) for x in (q, k, v, do))
+        qs, ks, vs, dos = (_load_chunks(x, first, read, C, B, H, packed).astype(wide) for x in (q, k, v, do))
         reads, leaves, eq, ek, eS = _decays(op, g, read, C)
         products = dot("bnhik,bnhjk->bnhij", qs, ks) * dot("bnhiv,bnhjv->bnhij", dos, vs)
         total += (D * products).sum((1, 3, 4))
@@ -1537,13 +1546,14 @@ _SHARED_MEMORY = {"sm_80": 163, "sm_87": 163, "sm_86": 99, "sm_89": 99, "sm_90":
 
 
 def _config(arch, K, V, dtype, B, T):
-    """The launch configuration on a GPU for head dims K, V and B rows of T tokens. S^T is at most [128, 128], for the registers."""
+    """The launch configuration on a GPU for head dims K, V and B sequences of T tokens, on average. S^T is at most [128, 128],
+    for the registers."""
     shared, itemsize = _SHARED_MEMORY.get(arch, 64 if arch.startswith("gfx") else 99), dtype.itemsize
     BK, BV = min(_block(K), 128), min(_block(V), 128)
     wide = 256 // itemsize                                       # whole rows of 256 bytes
     states = wide, min(4, shared * 1024 // (64 * (wide + 96) * itemsize))                   # tiles in flight, and one that is multiplied
     # descriptors want rows that are multiples of 16 bytes
-    if arch == "sm_90" and itemsize == 2 and 64 <= T and B * T < 2**31 and K % 8 == V % 8 == 0:
+    if arch == "sm_90" and itemsize == 2 and 32 <= T and B * T < 2**31 and K % 8 == V % 8 == 0:
         if _HAS_HOPPER:
             BK, BV = max(BK, 64), max(BV, 64)
             return _Config(_hopper_kernel, 64, BK, BV, BV // 16, 4, 2 if BK == BV == 64 else 1, *states)
@@ -1556,7 +1566,7 @@ def _config(arch, K, V, dtype, B, T):
     C = 16 if T <= 16 else 32 if T <= 32 or itemsize == 4 else 64
     for C, BV, stages in [(c, b, n) for b in (BV, 64, 32, 16) for c in (64, 32, 16) if b <= BV and c <= C for n in (2, 1)]:
         if need(C, BV, stages) <= shared:
-            return _Config(_scan_kernel, C, BK, BV, 8 if BK * BV > 64 * 64 else 4, 1 if T <= C else stages, 1, *states)
+            return _Config(_scan_kernel, C, BK, BV, 8 if BK * BV > 64 * 64 and C > 16 else 4, 1 if T <= C else stages, 1, *states)
 
 
 def _block(d):
@@ -1612,7 +1622,7 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     K, V, dtype = q.shape[3], v.shape[3], q.dtype
     B, T, HQ, H, n = _batch(q, k, v, g, s0, cu, w), *q.shape[1:3], g.shape[1], 1 if cu is None else cu.shape[1] - 1
     arch, processors = _gpu() or ("sm_90", 132)                  # traced, and never lowered, where there is no GPU
-    config = _config(arch, K, V, dtype, B, T)
+    config = _config(arch, K, V, dtype, B * n, -(-T // n))
     if w is not None and not (config.kernel is _hopper_kernel and max(K, V) <= config.BK == config.BV):
         transposed = dataclasses.replace(op, final_state=False)
         return *_scan_triton(op, q, k, v, g, s0, cu)[:2], _scan_triton(transposed, w, v, k, g, _transposed(s0), cu, swap=True)[0]
