@@ -1178,10 +1178,11 @@ LINES = {  # label, colour
     "fla_chunk": ("fla chunk", "#c4622d"),
     "fla_fused_chunk": ("fla fused chunk", "#d9a066"),
     "fla_recurrent": ("fla recurrent", "#a3907c"),
-    "softmax": ("softmax, cuDNN", "#7a5195"),
+    "softmax": ("cuDNN softmax", "#7a5195"),
+    "CPU softmax": ("softmax attention", "#7a5195"),
     "plain JAX": ("plain JAX", "#8b98a5"),
     "ejkernel": ("ejkernel", "#5f8f6b"),
-    "lightning": ("this file", OURS),
+    "CPU lightning": ("this file", OURS),
 }
 STYLE = {
     "font.family": "sans-serif",
@@ -1214,7 +1215,7 @@ def length_lines(result):
             lines.setdefault(row["name"], []).append((row["shape"][1], row["ms"]["forward"]))
     for row in sections.get("cpu", {"rows": []})["rows"]:
         for way, ms in row["ms"].items():
-            lines.setdefault(way, []).append((row["shape"][1], ms))
+            lines.setdefault(f"CPU {way}", []).append((row["shape"][1], ms))
     return {name: sorted(points) for name, points in lines.items()}
 
 
@@ -1255,6 +1256,11 @@ def spread(heights, gap):
     return back
 
 
+def line_style(contestant):
+    """(label, colour)"""
+    return LINES.get(contestant, (contestant, GREY))
+
+
 def panel_title(axes, title, subtitle):
     axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=26)
     axes.text(0, 1.025, subtitle, transform=axes.transAxes, color=GREY, fontsize=9.5)
@@ -1268,7 +1274,7 @@ def label_lines(axes, lines):
         names = [name for name in ends if ends[name][0] == tokens]
         heights = spread([np.log10(ends[name][1]) for name in names], (high - low) / 21)
         for name, height in zip(names, heights, strict=True):
-            label, colour = LINES.get(name, (name, GREY))
+            label, colour = line_style(name)
             axes.annotate(
                 label,
                 (tokens, 10**height),
@@ -1282,8 +1288,8 @@ def label_lines(axes, lines):
 
 def draw_lines(axes, lines):
     """Left: time against sequence length."""
-    for name in sorted(lines, key=lambda name: LINES.get(name, (name, GREY))[1] == OURS):
-        colour = LINES.get(name, (name, GREY))[1]
+    for name in lines:
+        _, colour = line_style(name)
         ours = colour == OURS
         axes.loglog(
             *zip(*lines[name], strict=True),
@@ -1295,41 +1301,65 @@ def draw_lines(axes, lines):
             solid_capstyle="round",
         )
     tokens = sorted({point[0] for points in lines.values() for point in points})
-    ticks = [t for t in tokens if (t // tokens[0]).bit_length() % 2] if len(tokens) > 6 else tokens
+    ticks = tokens[::2] if len(tokens) > 6 else tokens
+    ticks = ticks if ticks[-1] == tokens[-1] else [*ticks, tokens[-1]]
     axes.set_xticks(ticks, [short_number(t) for t in ticks])
     axes.set_xlim(tokens[0] / 1.25, tokens[-1] * 4.5)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g} ms")
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
-    axes.set_xlabel("tokens of the sequence, log scale", loc="left")
+    axes.set_xlabel("tokens", loc="left")
     label_lines(axes, lines)
+
+
+def draw_bar(axes, y, contestant, ms, floor, more=""):
+    """A bar as long as the time is in memory floors, with its time beside it."""
+    label, colour = line_style(contestant)
+    ours = colour == OURS
+    axes.barh(y, ms / floor, height=0.36, color=colour, alpha=1 if ours else 0.38)
+    axes.annotate(
+        f"{ms:#.3g}".rstrip(".") + " ms" + ("" if ours else f"  {label}{more}"),
+        (ms / floor, y),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9,
+        color=OURS if ours else GREY,
+        fontweight="bold" if ours else "normal",
+    )
+
+
+def draw_floor(axes):
+    axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 2)))
+    axes.annotate(
+        "memory floor",
+        (1, -0.72),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9,
+        color=INK,
+    )
 
 
 def draw_bars(axes, found):
     """Right: ours and the fastest other, as multiples of the memory floor."""
-    widest = max(max(ours, other[0] if other else 0) / floor for _, ours, floor, other in found)
     for i, (_, ours, floor, other) in enumerate(found):
-        axes.barh(i - 0.19, ours / floor, height=0.34, color=OURS)
-        texts = [(i - 0.19, ours / floor, f"{ms_text(ours)} ms", OURS, "bold")]
+        draw_bar(axes, i - 0.2, "this file", ours, floor)
         if other:
-            name = LINES.get(other[1], (other[1], GREY))[0]
-            axes.barh(i + 0.19, other[0] / floor, height=0.34, color="#cfd6dd")
-            text = f"{ms_text(other[0])} ms  {name}"
-            texts.append((i + 0.19, other[0] / floor, text, GREY, "normal"))
-        for y, x, text, colour, weight in texts:
-            x += widest * 0.012
-            axes.text(x, y, text, va="center", fontsize=8.5, color=colour, fontweight=weight)
-    axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 2)))
-    axes.text(1, -0.62, " memory floor", va="bottom", fontsize=8.5, color=INK)
-    axes.set_ylim(len(found) - 0.5, -0.6)
-    axes.set_xlim(0, widest * 1.28)
+            ms, name = other
+            draw_bar(axes, i + 0.2, name, ms, floor, f", {ms / ours:.1f}x")
+    draw_floor(axes)
+    widest = max(max(ours, other[0] if other else 0) / floor for _, ours, floor, other in found)
+    axes.set_ylim(len(found) - 0.4, -1.05)
+    axes.set_xlim(0, widest * 1.55)
     axes.set_yticks(range(len(found)), [text_of(shape) for shape, *_ in found])
+    axes.set_xlabel("time, in memory floors", loc="left")
+    axes.locator_params(axis="x", integer=True)
     axes.tick_params(length=0)
     axes.tick_params(axis="y", labelcolor=INK)
     axes.spines["left"].set_visible(False)
-    axes.locator_params(axis="x", integer=True)
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
     axes.grid(axis="x", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
 
@@ -1337,7 +1367,8 @@ def draw_bars(axes, found):
 def caption(result):
     """Machine, versions, date, and what the floor is."""
     machine = result["machine"]
-    versions = [f"{name} {version}" for name, version in result["versions"].items() if version]
+    found = {name: result["versions"][name] for name in ("jax", "triton")}
+    versions = [f"{name} {version}" for name, version in found.items() if version]
     words = [machine["device"], *versions, result["date"]]
     if result.get("copy_rate"):
         rate = result["copy_rate"] / 1e12
@@ -1353,14 +1384,14 @@ def draw_panels(result, figure):
     panels = list(figure.subplots(1, count, squeeze=False, width_ratios=[1, 1][:count])[0])
     if lines:
         what = "batch 1, 4 heads of 64" if "cpu" in result["sections"] else LENGTHS_TEXT
-        panel_title(panels[0], "Time of a forward pass against length", what)
+        panel_title(panels[0], "Forward pass against sequence length", what)
         draw_lines(panels[0], lines)
     if found:
         dtype = result["sections"]["shapes"]["rows"][0]["dtype"]
         panel_title(
             panels[-1],
-            "Time of a forward pass, in memory floors",
-            f"batch, tokens, heads, head dim; {dtype}; the fastest other in grey",
+            "Forward pass at the main shapes",
+            f"batch, tokens, heads, head dim; {dtype}; this file and the fastest other",
         )
         draw_bars(panels[-1], found)
     return count
@@ -1376,6 +1407,7 @@ def plot(source, target):
     result = json.loads(pathlib.Path(source).read_text())
     with plt.rc_context(STYLE):
         figure = plt.figure(layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
         count = draw_panels(result, figure)
         figure.set_size_inches(6.6 * count, 5.4)
         figure.supxlabel(caption(result), x=0.01, ha="left", fontsize=8.5, color=GREY)
