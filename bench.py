@@ -319,9 +319,15 @@ def count_sets(case):
     return 1 if 4 * q.size * q.dtype.itemsize > 2**28 else 4
 
 
+@functools.cache
+def normal(shape, dtype, sharding):
+    """A function of a key, compiled once for each kind of array."""
+    draw = functools.partial(jax.random.normal, shape=shape, dtype=dtype)
+    return jax.jit(draw, out_shardings=sharding)
+
+
 def draw_array(key, like):
-    normal = functools.partial(jax.random.normal, shape=like.shape, dtype=like.dtype)
-    return jax.jit(normal, out_shardings=like.sharding)(key)
+    return normal(like.shape, like.dtype, like.sharding)(key)
 
 
 def draw_boundaries(tokens, sequences):
@@ -495,12 +501,16 @@ class Table:
     def row(self, row):
         self.line([c.text(row) for c in self.columns])
         for way, why in row.get("failed", {}).items():
-            say(f"    {way} failed: {why}")
+            say(f"    {way}: {why}")
 
 
 # A run ------------------------------------------------------------------------------------------
 
 GROUPS = "ms", "gpu_ms", "of_floor", "extra_memory", "against", "failed"  # of a row, by way
+
+
+def rows_of(result, section):
+    return result["sections"].get(section, {"rows": []})["rows"]
 
 
 @dataclasses.dataclass
@@ -512,16 +522,24 @@ class Run:
     result: dict
 
     def rows(self, section):
-        return self.result["sections"].setdefault(section, {"rows": []})["rows"]
+        return rows_of(self.result, section)
 
     def add(self, section, **fields):
         """A new row, whose measurements are to be filled in."""
         row = fields | {group: {} for group in GROUPS}
-        self.rows(section).append(row)
+        self.result["sections"].setdefault(section, {"rows": []})["rows"].append(row)
         return row
 
-    def all_rows(self):
-        return [row for section in self.result["sections"].values() for row in section["rows"]]
+    def note_seconds(self, section, start):
+        seconds = time.perf_counter() - start
+        self.result["sections"].setdefault(section, {"rows": []})["seconds"] = seconds
+        say(f"  {section} took {seconds:.0f} s")
+        self.save()
+
+    def failures(self):
+        """How many rows failed. That a peer cannot be measured is no failure."""
+        sections = self.result["sections"].keys() - {"peers"}
+        return sum(bool(row["failed"]) for section in sections for row in self.rows(section))
 
     def save(self):
         """Writes everything that was measured; a reader never sees half a file."""
@@ -735,7 +753,7 @@ class OtherSection(NamedTuple):
 
 SECTIONS = {
     "shapes": CaseSection(
-        "the main shapes; extra memory is that of forward and backward",
+        "the main shapes; no state: forward without it; memory: that of both, extra",
         65,
         lambda options: shape_cases(options.shapes or SHAPES, options.dtype),
         [
@@ -786,11 +804,7 @@ def measure_section(run, name):
     say(f"\n{name}: {section.title} (about {section.seconds} s)")
     start = time.perf_counter()
     section.measure(run, name)
-    seconds = time.perf_counter() - start
-    run.rows(name)
-    run.result["sections"][name]["seconds"] = seconds
-    say(f"  {name} took {seconds:.0f} s")
-    run.save()
+    run.note_seconds(name, start)
 
 
 # Peers, each in a process of its own ------------------------------------------------------------
@@ -982,7 +996,7 @@ def own_times(run):
     """{shape: ms of forward and backward} of what peers are compared with."""
     found = {}
     for name in ("lengths", "decode", "shapes"):
-        for row in run.result["sections"].get(name, {"rows": []})["rows"]:
+        for row in run.rows(name):
             ms = row["ms"]
             wanted = row["name"] != "plain JAX" and row["shape"][1] != LONGER
             if ms and wanted and row["dtype"] == run.options.dtype:
@@ -1001,9 +1015,7 @@ def measure_peers(run, names):
         with contextlib.closing(peer_times(name, shapes, run.options.dtype)) as found:
             for shape, times in found:
                 run.show(table, add_peer_row(run, name, shape, times, own[shape]))
-    run.result["sections"]["peers"]["seconds"] = time.perf_counter() - start
-    say(f"  peers took {time.perf_counter() - start:.0f} s")
-    run.save()
+    run.note_seconds("peers", start)
 
 
 def add_peer_row(run, name, shape, times, own):
@@ -1018,10 +1030,9 @@ def add_peer_row(run, name, shape, times, own):
 
 def fastest_other(result, shape, way):
     """(ms, name) of the fastest peer at a shape, or None."""
-    rows = result["sections"].get("peers", {"rows": []})["rows"]
     times = [
         (row["ms"][way], row["name"])
-        for row in rows
+        for row in rows_of(result, "peers")
         if tuple(row["shape"]) == tuple(shape) and way in row["ms"]
     ]
     return min(times, default=None)
@@ -1204,18 +1215,15 @@ STYLE = {
 
 def length_lines(result):
     """{contestant: [(tokens, ms)]} of forward passes of one batch row, sorted by tokens."""
-    sections = result["sections"]
+    lengths = rows_of(result, "lengths")
+    shapes = {tuple(row["shape"]) for row in lengths}
+    peers = [row for row in rows_of(result, "peers") if tuple(row["shape"]) in shapes]
+    points = [(row["name"], row, "forward") for row in lengths + peers]
+    points += [(f"CPU {way}", row, way) for row in rows_of(result, "cpu") for way in row["ms"]]
     lines = {}
-    for row in sections.get("lengths", {"rows": []})["rows"]:
-        if "forward" in row["ms"]:
-            lines.setdefault(row["name"], []).append((row["shape"][1], row["ms"]["forward"]))
-    shapes = {tuple(row["shape"]) for row in sections.get("lengths", {"rows": []})["rows"]}
-    for row in sections.get("peers", {"rows": []})["rows"]:
-        if tuple(row["shape"]) in shapes and "forward" in row["ms"]:
-            lines.setdefault(row["name"], []).append((row["shape"][1], row["ms"]["forward"]))
-    for row in sections.get("cpu", {"rows": []})["rows"]:
-        for way, ms in row["ms"].items():
-            lines.setdefault(f"CPU {way}", []).append((row["shape"][1], ms))
+    for name, row, way in points:
+        if way in row["ms"]:
+            lines.setdefault(name, []).append((row["shape"][1], row["ms"][way]))
     return {name: sorted(points) for name, points in lines.items()}
 
 
@@ -1228,7 +1236,7 @@ def bars(result):
             row["ms"]["forward"] * row["of_floor"]["forward"],
             fastest_other(result, row["shape"], "forward"),
         )
-        for row in result["sections"].get("shapes", {"rows": []})["rows"]
+        for row in rows_of(result, "shapes")
         if "forward" in row["of_floor"]
     ]
 
@@ -1387,7 +1395,7 @@ def draw_panels(result, figure):
         panel_title(panels[0], "Forward pass against sequence length", what)
         draw_lines(panels[0], lines)
     if found:
-        dtype = result["sections"]["shapes"]["rows"][0]["dtype"]
+        dtype = rows_of(result, "shapes")[0]["dtype"]
         panel_title(
             panels[-1],
             "Forward pass at the main shapes",
@@ -1616,8 +1624,7 @@ def measure(options, gpu):
         where = f", and is in {options.save}" if options.save else ""
         say(f"\ninterrupted: what is above was measured{where}")
         return 130
-    failed = sum(bool(row.get("failed")) for row in run.all_rows())
-    if failed:
+    if failed := run.failures():
         say(f"\n{failed} rows failed")
     if options.save:
         say(f"\nsaved in {options.save}")
