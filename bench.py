@@ -119,7 +119,6 @@ DECODE_BATCHES = [1, 64, 256]
 DECODE_STEPS = 200  # of a lax.scan
 LENGTHS = [2**n for n in range(11, 18)]  # those that peers are measured at
 LONGER = 2**20
-LENGTHS_TEXT = "batch 1, 16 heads of 128, bfloat16"
 
 
 def shape_cases(shapes, dtype):
@@ -176,7 +175,7 @@ def length_cases(_):
 
 
 def device_cases(_):
-    """None where there is one GPU."""
+    """No cases where there is one GPU."""
     if jax.device_count() == 1:
         return []
     cases = [Case("one", SQUARE)]
@@ -845,15 +844,11 @@ def ejkernel(shape, dtype):
     )
 
 
-def torch_arrays(shape, dtype):
-    """A function that draws arrays in PyTorch."""
+def torch_array(shape, dtype):
     import torch
 
-    torch.manual_seed(0)
-    grad = shape[1] > 1
-    return lambda: torch.randn(
-        *shape, device="cuda", dtype=getattr(torch, dtype), requires_grad=grad
-    )
+    dtype, grad = getattr(torch, dtype), shape[1] > 1
+    return torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=grad)
 
 
 def torch_state(shape):
@@ -868,9 +863,9 @@ def torch_times(attend, shape, dtype):
     """Times of a PyTorch implementation; of a decode step only those of a forward pass."""
     import torch
 
-    array = torch_arrays(shape, dtype)
+    torch.manual_seed(0)
     count = 1 if 8 * np.prod(shape) > 2**28 else 4
-    sets = [[array() for _ in range(4)] for _ in range(count)]
+    sets = [[torch_array(shape, dtype) for _ in range(4)] for _ in range(count)]
 
     def run(call, n):
         for i in range(n):
@@ -998,7 +993,8 @@ def own_times(run):
     for name in ("lengths", "decode", "shapes"):
         for row in run.rows(name):
             ms = row["ms"]
-            wanted = row["name"] != "plain JAX" and row["shape"][1] != LONGER
+            too_long = name == "lengths" and row["shape"][1] == LONGER
+            wanted = row["name"] != "plain JAX" and not too_long
             if ms and wanted and row["dtype"] == run.options.dtype:
                 found[tuple(row["shape"])] = {"forward": ms["step"]} if "step" in ms else ms
     return found
@@ -1391,7 +1387,9 @@ def draw_panels(result, figure):
     count = bool(lines) + bool(found)
     panels = list(figure.subplots(1, count, squeeze=False, width_ratios=[1, 1][:count])[0])
     if lines:
-        what = "batch 1, 4 heads of 64" if "cpu" in result["sections"] else LENGTHS_TEXT
+        first = (rows_of(result, "lengths") or rows_of(result, "cpu"))[0]
+        B, _, H, D = first["shape"]
+        what = f"batch {B}, {H} heads of {D}, {first['dtype']}"
         panel_title(panels[0], "Forward pass against sequence length", what)
         draw_lines(panels[0], lines)
     if found:
@@ -1466,13 +1464,8 @@ def sections_help():
     )
 
 
-def parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=sections_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+def add_choices(add):
+    """Options that say what is measured."""
     quick = sum(SECTIONS[name].seconds for name in QUICK)
     add(
         "--only",
@@ -1495,7 +1488,8 @@ def parser():
     add(
         "--dtype",
         choices=["bfloat16", "float16", "float32"],
-        help="of the main shapes and of peers: bfloat16; on a CPU of all, float32. Costs nothing",
+        help="of the main shapes and the peers, by default bfloat16; on a CPU of all that is "
+        "measured, by default float32. Costs no time",
     )
     add(
         "--peers",
@@ -1503,12 +1497,9 @@ def parser():
         choices=list(PEERS),
         metavar="NAME",
         help=f"also other implementations (GPU), all or some of {', '.join(PEERS)}, at the shapes "
-        "of the sections shapes, lengths and decode that run: one to five minutes each, and "
-        f"{PEER_SECONDS // 60} at most",
+        "of those of the sections shapes, lengths and decode that run: one to five minutes each, "
+        f"and {PEER_SECONDS // 60} at most",
     )
-    add("--save", metavar="FILE.json", help="write all that is measured, row by row: no time")
-    add("--plot", metavar="FILE.json", help="draw a file of --save and measure nothing: 5 s")
-    add("--plot-out", metavar="FILE", help="where --plot draws to, .png or .svg: assets/speed.png")
     add(
         "--tune",
         action="store_true",
@@ -1517,18 +1508,45 @@ def parser():
     )
     add("--peer", choices=list(PEERS), help=argparse.SUPPRESS)  # be the process of a peer
     add("--rehearse", action="store_true", help=argparse.SUPPRESS)  # GPU sections, tiny, on a CPU
+
+
+def add_files(add):
+    """Options that say what is written."""
+    add("--save", metavar="FILE.json", help="write all that is measured, row by row: no time")
+    add("--plot", metavar="FILE.json", help="draw a file of --save and measure nothing: 5 s")
+    add(
+        "--plot-out",
+        metavar="FILE",
+        help="where --plot draws to, .png or .svg, by default assets/speed.png",
+    )
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=sections_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_choices(parser.add_argument)
+    add_files(parser.add_argument)
     return parser
+
+
+def given(options, names):
+    """Those of the options that the command line has."""
+    return [f"--{name}" for name in names if getattr(options, name) not in (None, False)]
+
+
+def can_be_drawn(path):
+    result = json.loads(pathlib.Path(path).read_text())
+    return bool(length_lines(result) or bars(result))
 
 
 def check_plot(parser, options):
     """--plot measures nothing, and must be able to draw."""
-    given = [
-        f"--{name}"
-        for name in ("only", "quick", "shapes", "dtype", "peers", "save", "tune")
-        if getattr(options, name) not in (None, False)
-    ]
-    if given:
-        parser.error(f"--plot draws a file and measures nothing: leave out {', '.join(given)}")
+    names = "only", "quick", "shapes", "dtype", "peers", "save", "tune"
+    if others := given(options, names):
+        parser.error(f"--plot draws a file and measures nothing: leave out {', '.join(others)}")
     if not importlib.util.find_spec("matplotlib"):
         parser.error("--plot wants matplotlib: pip install matplotlib")
     options.plot_out = options.plot_out or str(HERE / "assets" / "speed.png")
@@ -1537,26 +1555,22 @@ def check_plot(parser, options):
             f"--plot-out: expected a name that ends with .png or .svg, got {options.plot_out!r}"
         )
     try:
-        sections = json.loads(pathlib.Path(options.plot).read_text())["sections"]
+        drawable = can_be_drawn(options.plot)
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(
             f"--plot: expected a file that --save wrote, got {options.plot!r}: {reason(error)}"
         )
-    if not sections.keys() & {"lengths", "shapes", "cpu"}:
-        parser.error(f"--plot: {options.plot!r} holds neither section lengths nor section shapes")
+    if not drawable:
+        parser.error(f"--plot: {options.plot!r} has no rows of the sections lengths and shapes")
 
 
 def check_options(parser, options, gpu):
     """Options that exclude each other, or want a GPU."""
     if options.plot_out:
         parser.error("--plot-out wants --plot FILE.json, a file that --save wrote")
-    wants_gpu = [
-        name
-        for name in ("only", "quick", "peers", "tune")
-        if getattr(options, name) not in (None, False)
-    ]
+    wants_gpu = given(options, ("only", "quick", "peers", "tune"))
     if wants_gpu and not gpu:
-        parser.error(f"--{wants_gpu[0]} wants a GPU, and JAX found {jax.default_backend()} only")
+        parser.error(f"{wants_gpu[0]} wants a GPU, and JAX found {jax.default_backend()} only")
     if options.shapes and options.only not in (None, ["shapes"]):
         parser.error("--shapes sets the shapes of the section shapes: leave out --only")
     if options.quick and options.only:
@@ -1634,15 +1648,15 @@ def measure(options, gpu):
 def main():
     # The processes of peers share the GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    arguments = parser()
-    options = arguments.parse_args()
+    parser = make_parser()
+    options = parser.parse_args()
     if options.peer:  # before JAX looks for a GPU, which PyTorch may want for itself
         return be_peer(options.peer, options.shapes, options.dtype)
     if options.plot:
-        check_plot(arguments, options)
+        check_plot(parser, options)
         return plot(options.plot, options.plot_out)
     gpu = jax.default_backend() == "gpu" or options.rehearse
-    check_options(arguments, options, gpu)
+    check_options(parser, options, gpu)
     options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
     if options.tune:
         return tune()
