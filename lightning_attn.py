@@ -45,8 +45,8 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,16 @@ _HAS_HOPPER = triton is not None and hasattr(hopper.tma, "async_load")      # Tr
 __all__ = ["lightning_attn", "lightning_attn_reference", "lightning_g_gamma"]
 
 
+# Types for callers. Checkers cannot follow what Triton compiles: they report nothing of this file.
+# mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportPossiblyUnboundVariable=false
+Array = jax.Array | np.ndarray
+Integer = int | np.integer | Array
+Real = float | np.floating | Integer
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -127,8 +137,14 @@ def _promotes(f: _F) -> _F:
 # The API ------------------------------------------------------------------------------------------------------------------------
 
 @_promotes
-def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_scale=None, initial_state=None, reverse=False,
-                   cu_seqlens=None, *, g_gamma=None, backend=None, seq_axis=None, output_final_state=True):
+def lightning_attn(
+    query: Array, key: Array, value: Array, layer_idx: Integer | None = None,
+    num_layers: Integer | None = None, softmax_scale: Real | None = None,
+    initial_state: Array | None = None, reverse: bool = False,
+    cu_seqlens: Array | Sequence[int] | None = None, *, g_gamma: Array | None = None,
+    backend: Literal["triton", "xla"] | None = None, seq_axis: str | tuple[str, ...] | None = None,
+    output_final_state: bool = True,
+) -> tuple[jax.Array, jax.Array | Any]:                          # Any: None where that is False
     """Lightning attention (arXiv:2307.14995, 2401.04658, 2501.08313): o_t = scale q_t S_t, S_t = e^g S_{t-1} + k_t v_t^T.
 
     Works under jit, grad (to any order), vmap, scan, remat, export and sharding. Differentiable with respect to `query`, `key`,
@@ -222,8 +238,12 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
 
 
 @_promotes
-def lightning_attn_reference(query, key, value, layer_idx=None, num_layers=None, softmax_scale=None, initial_state=None,
-                             reverse=False, cu_seqlens=None, *, g_gamma=None):
+def lightning_attn_reference(
+    query: Array, key: Array, value: Array, layer_idx: Integer | None = None,
+    num_layers: Integer | None = None, softmax_scale: Real | None = None,
+    initial_state: Array | None = None, reverse: bool = False,
+    cu_seqlens: Array | Sequence[int] | None = None, *, g_gamma: Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """The recurrence, one token at a time, in plain JAX. Arguments and results are those of `lightning_attn`, less the last three."""
     q, k, v, g, scale, s, cu = _check(query, key, value, layer_idx, num_layers, softmax_scale, initial_state, reverse, cu_seqlens,
                                       g_gamma)
@@ -250,7 +270,8 @@ def lightning_attn_reference(query, key, value, layer_idx=None, num_layers=None,
 
 
 @_promotes
-def lightning_g_gamma(num_heads, layer_idx, num_layers, dtype=jnp.float32):
+def lightning_g_gamma(num_heads: int, layer_idx: Integer, num_layers: Integer,
+                      dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """Log decay per token in nats, [num_heads]: -(8 / num_heads) (1 - layer_idx / num_layers) head.
 
     The formula is that of arXiv:2307.14995. `layer_idx` and `num_layers` are integers, possibly
