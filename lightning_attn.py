@@ -224,8 +224,7 @@ def lightning_attn(
             raise TypeError(f"seq_axis: expected the name of an axis of a shard_map around this call, got {seq_axis!r}")
         if not set(axes) <= set(jax.sharding.get_abstract_mesh().manual_axes):
             raise ValueError(f"seq_axis: expected an axis of a shard_map around this call, got {seq_axis!r}")
-    if not isinstance(output_final_state, (bool, np.bool_)):
-        raise TypeError(f"output_final_state: expected True or False, got {output_final_state!r}")
+    _static("output_final_state", output_final_state)
     op = _Op(scale, bool(reverse), False, backend, jax.config.jax_default_matmul_precision, final_state=bool(output_final_state))
     s0 = None if s0 is None else s0[:, None] if cu is None else s0[None]
     g, cu = g[None], None if cu is None else cu[None]
@@ -372,6 +371,14 @@ def _scale(scale, K):
     return value
 
 
+def _static(name, x):
+    """Raises where `x` is not a bool."""
+    if not isinstance(x, (bool, np.bool_)):
+        traced = isinstance(x, jax.core.Tracer)
+        hint = ": it is static, so a jit must not trace it (static_argnames)" if traced else ""
+        raise TypeError(f"{name}: expected True or False, got {x!r}{hint}")
+
+
 def _boundaries(cu, B, T):
     """`cu_seqlens` as int32, checked where its values are at hand."""
     if isinstance(cu, (list, tuple)):
@@ -458,9 +465,7 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
     scale = _scale(scale, K)
     if not isinstance(scale, float):                             # kernels take a number: a traced scale goes into the query
         q, scale = q * lax.convert_element_type(scale, q.dtype), 1.0
-    if not isinstance(reverse, (bool, np.bool_)):
-        hint = ": it is static, so a jit must not trace it (static_argnames)" if isinstance(reverse, jax.core.Tracer) else ""
-        raise TypeError(f"reverse: expected True or False, got {reverse!r}{hint}")
+    _static("reverse", reverse)
 
     n, count = B, "the batch"
     if cu is not None:
