@@ -45,8 +45,8 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,16 @@ _HAS_HOPPER = triton is not None and hasattr(hopper.tma, "async_load")      # Tr
 __all__ = ["lightning_attn", "lightning_attn_reference", "lightning_g_gamma"]
 
 
+# Types for callers. Checkers cannot follow what Triton compiles: they report nothing of this file.
+# mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportPossiblyUnboundVariable=false
+Array = jax.Array | np.ndarray
+Integer = int | np.integer | Array
+Real = float | np.floating | Integer
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -127,8 +137,14 @@ def _promotes(f: _F) -> _F:
 # The API ------------------------------------------------------------------------------------------------------------------------
 
 @_promotes
-def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_scale=None, initial_state=None, reverse=False,
-                   cu_seqlens=None, *, g_gamma=None, backend=None, seq_axis=None, output_final_state=True):
+def lightning_attn(
+    query: Array, key: Array, value: Array, layer_idx: Integer | None = None,
+    num_layers: Integer | None = None, softmax_scale: Real | None = None,
+    initial_state: Array | None = None, reverse: bool = False,
+    cu_seqlens: Array | Sequence[int] | None = None, *, g_gamma: Array | None = None,
+    backend: Literal["triton", "xla"] | None = None, seq_axis: str | tuple[str, ...] | None = None,
+    output_final_state: bool = True,
+) -> tuple[jax.Array, jax.Array | Any]:                          # Any: None where that is False
     """Lightning attention (arXiv:2307.14995, 2401.04658, 2501.08313): o_t = scale q_t S_t, S_t = e^g S_{t-1} + k_t v_t^T.
 
     Works under jit, grad (to any order), vmap, scan, remat, export and sharding. Differentiable with respect to `query`, `key`,
@@ -208,8 +224,7 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
             raise TypeError(f"seq_axis: expected the name of an axis of a shard_map around this call, got {seq_axis!r}")
         if not set(axes) <= set(jax.sharding.get_abstract_mesh().manual_axes):
             raise ValueError(f"seq_axis: expected an axis of a shard_map around this call, got {seq_axis!r}")
-    if not isinstance(output_final_state, (bool, np.bool_)):
-        raise TypeError(f"output_final_state: expected True or False, got {output_final_state!r}")
+    _static("output_final_state", output_final_state)
     op = _Op(scale, bool(reverse), False, backend, jax.config.jax_default_matmul_precision, final_state=bool(output_final_state))
     s0 = None if s0 is None else s0[:, None] if cu is None else s0[None]
     g, cu = g[None], None if cu is None else cu[None]
@@ -222,8 +237,12 @@ def lightning_attn(query, key, value, layer_idx=None, num_layers=None, softmax_s
 
 
 @_promotes
-def lightning_attn_reference(query, key, value, layer_idx=None, num_layers=None, softmax_scale=None, initial_state=None,
-                             reverse=False, cu_seqlens=None, *, g_gamma=None):
+def lightning_attn_reference(
+    query: Array, key: Array, value: Array, layer_idx: Integer | None = None,
+    num_layers: Integer | None = None, softmax_scale: Real | None = None,
+    initial_state: Array | None = None, reverse: bool = False,
+    cu_seqlens: Array | Sequence[int] | None = None, *, g_gamma: Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """The recurrence, one token at a time, in plain JAX. Arguments and results are those of `lightning_attn`, less the last three."""
     q, k, v, g, scale, s, cu = _check(query, key, value, layer_idx, num_layers, softmax_scale, initial_state, reverse, cu_seqlens,
                                       g_gamma)
@@ -250,7 +269,8 @@ def lightning_attn_reference(query, key, value, layer_idx=None, num_layers=None,
 
 
 @_promotes
-def lightning_g_gamma(num_heads, layer_idx, num_layers, dtype=jnp.float32):
+def lightning_g_gamma(num_heads: int, layer_idx: Integer, num_layers: Integer,
+                      dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
     """Log decay per token in nats, [num_heads]: -(8 / num_heads) (1 - layer_idx / num_layers) head.
 
     The formula is that of arXiv:2307.14995. `layer_idx` and `num_layers` are integers, possibly
@@ -351,6 +371,14 @@ def _scale(scale, K):
     return value
 
 
+def _static(name, x):
+    """Raises where `x` is not a bool."""
+    if not isinstance(x, (bool, np.bool_)):
+        traced = isinstance(x, jax.core.Tracer)
+        hint = ": it is static, so a jit must not trace it (static_argnames)" if traced else ""
+        raise TypeError(f"{name}: expected True or False, got {x!r}{hint}")
+
+
 def _boundaries(cu, B, T):
     """`cu_seqlens` as int32, checked where its values are at hand."""
     if isinstance(cu, (list, tuple)):
@@ -437,9 +465,7 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
     scale = _scale(scale, K)
     if not isinstance(scale, float):                             # kernels take a number: a traced scale goes into the query
         q, scale = q * lax.convert_element_type(scale, q.dtype), 1.0
-    if not isinstance(reverse, (bool, np.bool_)):
-        hint = ": it is static, so a jit must not trace it (static_argnames)" if isinstance(reverse, jax.core.Tracer) else ""
-        raise TypeError(f"reverse: expected True or False, got {reverse!r}{hint}")
+    _static("reverse", reverse)
 
     n, count = B, "the batch"
     if cu is not None:
