@@ -2103,7 +2103,7 @@ def test_packed_sharded_by_heads(precise):
     *[pytest.param("interpreter", (2, 2), (None, "a", "b"), same, same, marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton"))
       for same in (False, True)]])
 def test_shard_map(precise, shape, axes, reverse, check, path):
-    q, k, v, s0, do, ds = inputs(32, 4 if path == "xla" else 2, 128, 4, 2, 8, 8)
+    q, k, v, s0, do, ds = inputs(32, 4, 128, 4, 2, 8, 8)
     b, t, h = axes
     g = -0.05 * jnp.arange(4)
     whole = lambda q, k, v, s0, g, **kw: attend(path, q, k, v, initial_state=s0, g_gamma=g, reverse=reverse, **kw)
