@@ -44,6 +44,14 @@ def file_under_test():
     return BESIDE if BESIDE.exists() else pathlib.Path(importlib.util.find_spec("lightning_attn").origin)
 
 
+# The cases that take longest, on a GPU machine and on a CPU. They start first, so that no long one is
+# left when everything else is done.
+LONGEST = ("sanitizer", "on_8_devices", "compiles_and_fits[bfloat16-sm_90", "inside_shard_map", "million", "beyond_2_31",
+           "many_segments", "compiles_and_fits", "accuracy", "snippets", "shard_map[interpreter", "in_pieces", "several_tiles",
+           "vmap[interpreter", "is_its_sequences", "goes_on_from", "eager-pack", "pack-with-states", "small_model", "16_bit",
+           "padding_and", "seq_axis", "65536", "packs[interpreter")
+
+
 class Summary:
     """Chooses and orders the cases, and says at the end what ran, what passed and what was skipped."""
 
@@ -52,8 +60,13 @@ class Summary:
             reasons = lambda case: {m.kwargs.get("reason") for m in case.iter_markers("skipif")}
             config.hook.pytest_deselected(items=[case for case in items if DEVICES not in reasons(case)])
             items[:] = [case for case in items if DEVICES in reasons(case)]
-        longest = "sanitizer", "on_8_devices"
-        items.sort(key=lambda case: not any(name in case.name for name in longest))        # the longest first
+        place = lambda case: next((i for i, name in enumerate(LONGEST) if name in case.name), len(LONGEST))
+        items.sort(key=place)
+        # workers hold two cases at least: a short one beside each long one, which others would wait for
+        long = sum(place(case) < len(LONGEST) for case in items)
+        short = items[long:][::-1][:long]
+        paired = [case for pair in itertools.zip_longest(items[:long], short) for case in pair if case]
+        items[:] = paired + items[long:len(items) - len(short)]
 
     def pytest_terminal_summary(self, terminalreporter):
         own = lambda report: report.nodeid.partition("::")[0].endswith(pathlib.Path(__file__).name)
@@ -90,7 +103,8 @@ def main(arguments):
         os.environ["JAX_PLATFORMS"] = "cpu"
     alone = any(a.startswith(("-n", "--numprocesses", "--pdb")) for a in arguments)
     if importlib.util.find_spec("xdist") and not alone:
-        arguments = ["-n", str(len(os.sched_getaffinity(0))), *arguments]
+        # one case at a time: by default the first worker gets the first cases, and those are the longest
+        arguments = ["-n", str(len(os.sched_getaffinity(0))), "--maxschedchunk", "1", *arguments]
     style = "console_output_style=count"
     code = pytest.main([__file__, "-q", "-p", "no:warnings", "-o", style, *arguments], [Summary()])
     leave(code)
@@ -149,6 +163,14 @@ def closing_sentence(request):
     """Under pytest as well, the last line says which file was tested."""
     plugins = request.config.pluginmanager
     if SCRIPT not in os.environ and not plugins.has_plugin("lightning_attn"):
+        plugins.register(Summary(), "lightning_attn")
+
+
+def pytest_generate_tests(metafunc):
+    """pytest calls this while it collects the file, in xdist's workers as well. Those do not get the plugin of `main`, and they
+    are who chooses and orders the cases."""
+    plugins = metafunc.config.pluginmanager
+    if SCRIPT in os.environ and "PYTEST_XDIST_WORKER" in os.environ and not plugins.has_plugin("lightning_attn"):
         plugins.register(Summary(), "lightning_attn")
 
 
@@ -408,6 +430,9 @@ if HAS_TRITON and not HAS_GPU:
             "sm_90", -(-K // 8) * 8, -(-V // 8) * 8, np.dtype("float16"), B, T if T == 1 else max(T, 64)), False)
 
 
+compiled_reference = jax.jit(lightning_attn_reference, static_argnames=("reverse",))
+
+
 def attend(path, *args, **kwargs):
     if path in INTERPRETED:
         return INTERPRETED[path].lightning_attn(*args, **kwargs, backend="triton")
@@ -502,6 +527,13 @@ def error_of_dg(got, want, size):
     return (np.abs(got - want) / np.maximum(size, 1e-30)).max(initial=0)
 
 
+def check_dg(path, got, want, size, dtype="float32"):
+    """Of results of `everything`: the gradient of g, where it is one of them."""
+    assert len(got) == (6 if path in INTERPRETED else 7)
+    for dg in got[6:]:
+        assert error_of_dg(dg, want, size) < DG_BAR[dtype], (dg, want, size)
+
+
 def inputs(seed, B, T, H, Hk, K, V, dtype="float32", n=None):
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
@@ -509,17 +541,25 @@ def inputs(seed, B, T, H, Hk, K, V, dtype="float32", n=None):
     return draw(B, T, H, K), draw(B, T, Hk, K), draw(B, T, Hk, V), state(), draw(B, T, H, V), state()
 
 
-def everything(path, q, k, v, s0, do, ds, g, **kwargs):
-    """Results and gradients on a path, as `oracle` lists them."""
-    cu = kwargs.pop("cu_seqlens", None)
-
+@functools.cache
+def everything_on(path, **kwargs):
+    """Made once, so that calls of the same shapes compile once. The gradient of g is plain JAX on
+    every path: where an interpreter runs the kernels it is left to the cases of plain JAX."""
     @jax.jit
-    def run(q, k, v, s0, g, cu):
+    def run(q, k, v, s0, g, do, ds, cu):
         f = lambda q, k, v, s0, g: attend(path, q, k, v, initial_state=s0, g_gamma=g, cu_seqlens=cu, **kwargs)
-        out, back = jax.vjp(f, q, k, v, s0, g)
+        if path in INTERPRETED:
+            out, back = jax.vjp(lambda *args: f(*args, g), q, k, v, s0)
+        else:
+            out, back = jax.vjp(f, q, k, v, s0, g)
         return *out, *back((do, ds))
+    return run
+
+
+def everything(path, q, k, v, s0, do, ds, g, cu_seqlens=None, **kwargs):
+    """Results and gradients on a path, as `oracle` lists them; without g's where an interpreter runs."""
     with jax.default_matmul_precision("highest"):
-        return run(q, k, v, s0, jnp.asarray(g, jnp.float32), cu)
+        return everything_on(path, **kwargs)(q, k, v, s0, jnp.asarray(g, jnp.float32), do, ds, cu_seqlens)
 
 
 def compare(path, q, k, v, s0, do, ds, g=None, bar=None, reverse=False, cu=None, **kwargs):
@@ -528,35 +568,34 @@ def compare(path, q, k, v, s0, do, ds, g=None, bar=None, reverse=False, cu=None,
     got = everything(path, q, k, v, s0, do, ds, g, reverse=reverse, cu_seqlens=None if cu is None else jnp.asarray(cu), **kwargs)
     want = oracle(q, k, v, g, kwargs.get("softmax_scale") or K**-0.5, s0, do, ds, reverse, cu)
     bar = bar or BAR[str(q.dtype)]
-    for name, a, b in zip(NAMES, got, want):
-        if name == "dg_gamma":
-            assert error_of_dg(a, b, want[7]) < DG_BAR[str(q.dtype)], (name, a, b, want[7])
-        else:
-            assert a.dtype == (q.dtype if name in ("output", "dquery", "dkey", "dvalue") else jnp.float32), name
-            assert max(errors(a, b, name)) < bar, (name, errors(a, b, name))
+    for name, a, b in zip(NAMES[:6], got, want):
+        assert a.dtype == (q.dtype if name in ("output", "dquery", "dkey", "dvalue") else jnp.float32), name
+        assert max(errors(a, b, name)) < bar, (name, errors(a, b, name))
+    check_dg(path, got, want[6], want[7], str(q.dtype))
 
 
 # Against the oracle -------------------------------------------------------------------------------------------------------------
 
 @each_path
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("B, T, H, Hk, K, V", [
-    (1, 128, 2, 2, 32, 32), (2, 150, 4, 2, 16, 24), (1, 1, 2, 1, 16, 16), (3, 17, 2, 2, 8, 40), (1, 64, 1, 1, 1, 1), (1, 333, 4, 1, 5, 7),
-    (1, 65, 2, 2, 72, 130)])
-def test_batch(path, reverse, B, T, H, Hk, K, V):
+@pytest.mark.parametrize("B, T, H, Hk, K, V, reverse", [
+    *[(*shape, reverse) for shape in [(2, 150, 4, 2, 16, 24), (1, 1, 2, 1, 16, 16), (1, 333, 4, 1, 5, 7), (1, 65, 2, 2, 72, 130)]
+      for reverse in (False, True)],
+    # gradients go both ways, so each of these does
+    (1, 128, 2, 2, 32, 32, False), (3, 17, 2, 2, 8, 40, True), (1, 64, 1, 1, 1, 1, False)])
+def test_batch(path, B, T, H, Hk, K, V, reverse):
     compare(path, *inputs(0, B, T, H, Hk, K, V), reverse=reverse)
 
 
 @each_path
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("T, cu", [(200, [0, 200]), (200, [0, 0, 5, 70, 70, 199, 200]), (150, [0, 65, 66, 140]), (20, [0, 0, 0]), (7, [0, 3, 7])])
-def test_packed(path, reverse, T, cu):
+@pytest.mark.parametrize("T, cu, reverse", [
+    *[(T, cu, reverse) for T, cu in [(200, [0, 0, 5, 70, 70, 199, 200]), (150, [0, 65, 66, 140])] for reverse in (False, True)],
+    (200, [0, 200], True), (20, [0, 0, 0], False), (7, [0, 3, 7], True)])
+def test_packed(path, T, cu, reverse):
     compare(path, *inputs(1, 1, T, 4, 2, 16, 24, n=len(cu) - 1), reverse=reverse, cu=cu)
 
 
 @each_path
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype, reverse", [("bfloat16", False), ("float16", True)])
 def test_16_bit(path, reverse, dtype):
     compare(path, *inputs(2, 2, 150, 4, 2, 32, 16, dtype), reverse=reverse)
     compare(path, *inputs(2, 1, 150, 4, 2, 32, 16, dtype, n=3), reverse=reverse, cu=[0, 9, 100, 140])
@@ -566,8 +605,8 @@ def test_16_bit(path, reverse, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_accuracy_at_4096_tokens(path, dtype):
     B, T, H, K = 1, 4096, 2, 64
-    if path in INTERPRETED:
-        T = 1024                                                 # interpreters take seconds for each
+    if path in INTERPRETED or path == "xla" and dtype != "float32":
+        T = 1024                                                 # interpreters take seconds for each; plain JAX adds in float32, whatever it is given
     compare(path, *inputs(3, B, T, H, H, K, K, dtype))
 
 
@@ -584,15 +623,16 @@ def test_default_precision(path):
 @each_path
 @pytest.mark.parametrize("g", [[0.0, -1e-4], [-50.0, -1e4], [0.0, -1e-30]])
 def test_extreme_decays(path, g):
-    compare(path, *inputs(5, 1, 200, 2, 2, 16, 16), g=g)
+    compare(path, *inputs(5, 1, 130, 2, 2, 16, 16), g=g)
 
 
 @each_path
 def test_a_decay_of_minus_infinity_forgets_at_once(path):
     q, k, v, s0, do, ds = inputs(5, 1, 130, 2, 2, 16, 16)
     infinite, large = (everything(path, q, k, v, s0, do, ds, np.array([g, -0.1])) for g in (-np.inf, -1e4))
-    assert all(np.array_equal(a, b) and np.isfinite(a).all() for a, b in zip(infinite[:-1], large[:-1]))
-    assert infinite[-1][0] == 0 and infinite[-1][1] == large[-1][1]                        # of g_gamma
+    assert all(np.array_equal(a, b) and np.isfinite(a).all() for a, b in zip(infinite[:6], large[:6]))
+    for one, other in zip(infinite[6:], large[6:]):                                        # of g_gamma
+        assert one[0] == 0 and one[1] == other[1]
 
 
 @each_path
@@ -607,13 +647,13 @@ def test_scale(path, scale):
 
 
 @each_path
-@pytest.mark.parametrize("cu, reverse", [(None, False), ([0, 1300, 1310, 2040], True)])
+@pytest.mark.parametrize("cu, reverse", [(None, False), ([0, 1350, 1360, 1560], True)])
 def test_many_segments(path, reverse, cu):
-    """Long sequences are cut in segments, 4 of these 2100 tokens, for heads that forget nothing, something and everything."""
+    """Long sequences are cut in segments, 3 of these 1600 tokens, for heads that forget nothing, something and everything."""
     LAUNCHED.clear()
-    compare(path, *inputs(7, 1, 2100, 4, 2, 16, 24, n=cu and 3), g=[0.0, -0.01, -0.3, -3.0], reverse=reverse, cu=cu)
-    if path in INTERPRETED:
-        assert {("_states_kernel", 24), ("_link_kernel", 4 if cu is None else 12)} < LAUNCHED
+    compare(path, *inputs(7, 1, 1600, 3, 1, 16, 24, n=cu and 3), g=[0.0, -0.01, -3.0], reverse=reverse, cu=cu)
+    if path in INTERPRETED:                                      # 2 segments that another one follows, of 2 pieces, 3 heads
+        assert {("_states_kernel", 12), ("_link_kernel", 3 if cu is None else 6)} < LAUNCHED
 
 
 @each_path
@@ -633,20 +673,20 @@ def test_segments_with_states_of_several_tiles(path):
 
 
 @pytest.mark.parametrize("path", PATHS[1:])
-@pytest.mark.parametrize("cu, reverse", [(None, False), ([0, 20, 5020, 6150], True)])
+@pytest.mark.parametrize("cu, reverse", [(None, False), ([0, 20, 2520, 3150], True)])
 def test_segments_in_pieces(path, reverse, cu, precise, monkeypatch):
-    """On a GPU that holds 9 or 10 programs, 3 segments of 8 or 4 pieces each, of which a head may need all, some, or the end of the last."""
+    """On a GPU that holds 9 or 10 programs, 3 segments of 4 pieces each, of which a head may need all, some, or the end of the last."""
     module = INTERPRETED.get(path, la)
     arch, _ = module._gpu()
     LAUNCHED.clear()
     monkeypatch.setattr(module, "_gpu", lambda: (arch, 9 if path == "interpreter" else 5))
-    q, k, v, s0, *_ = inputs(7, 1, 6200, 3, 3, 16, 8, n=cu and 3)
+    q, k, v, s0, *_ = inputs(7, 1, 3200, 3, 3, 16, 8, n=cu and 3)
     jax.clear_caches()
-    got, want = (attend(p, q, k, v, g_gamma=jnp.array([0.0, -0.1, -3.0 if reverse else -0.002]), initial_state=s0, reverse=reverse,
+    got, want = (attend(p, q, k, v, g_gamma=jnp.array([0.0, -0.2, -3.0 if reverse else -0.002]), initial_state=s0, reverse=reverse,
                         cu_seqlens=None if cu is None else jnp.array(cu)) for p in (path, "xla"))
     close(got, want, 1e-5)
     if path in INTERPRETED:
-        assert {("_states_kernel", 48 if path == "interpreter" else 24), ("_link_kernel", 3 if cu is None else 6)} < LAUNCHED
+        assert {("_states_kernel", 24), ("_link_kernel", 3 if cu is None else 6)} < LAUNCHED
     jax.clear_caches()
 
 
@@ -665,7 +705,7 @@ def test_as_many_segments_as_fill_a_gpu(reverse):
 def test_padding_and_neighbours_may_hold_anything(path, reverse):
     """NaN in one sequence, or past the last one, reaches no other output or gradient, and padding has exactly 0 of both."""
     cu = [0, 30, 95, 140]
-    q, k, v, s0, do, ds = inputs(8, 1, 160, 2, 1, 16, 16, n=3)
+    q, k, v, s0, do, ds = inputs(8, 1, 160, 2, 2, 16, 16, n=3)
     g = np.asarray(lightning_g_gamma(2, 3, 8), np.float64)
     want = oracle(q, k, v, g, 0.25, s0, do, ds, reverse, cu)
     spoil = lambda x: x.at[:, 30:95].set(jnp.nan).at[:, 140:].set(jnp.inf)
@@ -679,8 +719,8 @@ def test_padding_and_neighbours_may_hold_anything(path, reverse):
         assert error(np.asarray(got[i])[[0, 2]], want[i][[0, 2]]) < 1e-5, NAMES[i]
     past = lambda x: x.at[:, 140:].set(jnp.nan)
     got = everything(path, past(q), past(k), past(v), s0, past(do), ds, g, reverse=reverse, cu_seqlens=jnp.array(cu))
-    assert error_of_dg(got[6], want[6], want[7]) < DG_BAR["float32"]
-    one_head = everything(path, q.at[:, :, 1].set(jnp.nan), jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2), s0, do, ds, g, reverse=reverse, cu_seqlens=jnp.array(cu))
+    check_dg(path, got, want[6], want[7])
+    one_head = everything(path, q.at[:, :, 1].set(jnp.nan), k, v, s0, do, ds, g, reverse=reverse, cu_seqlens=jnp.array(cu))
     assert error(np.asarray(one_head[0])[:, :, 0], want[0][:, :, 0]) < 1e-5
 
 
@@ -695,9 +735,9 @@ def test_malformed_traced_boundaries(path, cu, good):
     g, bad = np.array([-0.1, 0.0]), [i for i in range(len(cu) - 1) if i not in [x[0] for x in good]]
     got = everything(path, q, k, v, s0, do, ds, g, cu_seqlens=jnp.array(cu, jnp.int32))
     assert np.array_equal(got[1][bad,], s0[bad,]) and np.array_equal(got[5][bad,], ds[bad,])
-    reference = jax.jit(lambda cu: lightning_attn_reference(q, k, v, g_gamma=jnp.asarray(g), initial_state=s0, cu_seqlens=cu))
     with jax.default_matmul_precision("highest"):
-        close(got[:2], reference(jnp.array(cu, jnp.int32)), 1e-5)
+        want = compiled_reference(q, k, v, g_gamma=jnp.asarray(g), initial_state=s0, cu_seqlens=jnp.array(cu, jnp.int32))
+    close(got[:2], want, 1e-5)
     rest, dg, squares = np.ones(60, bool), np.zeros(2), np.zeros(2)
     for i, start, end in good:
         cut = lambda x: x[:, start:end]
@@ -707,7 +747,7 @@ def test_malformed_traced_boundaries(path, cu, good):
         for j in 1, 5:
             assert error(got[j][i:i + 1], want[j]) < 1e-5
         rest[start:end], dg, squares = False, dg + want[6], squares + want[7]**2
-    assert error_of_dg(got[6], dg, np.sqrt(squares)) < DG_BAR["float32"]
+    check_dg(path, got, dg, np.sqrt(squares))
     for j in 0, 2, 3, 4:
         assert (np.asarray(got[j])[:, rest] == 0).all()
 
@@ -725,7 +765,7 @@ def test_states_of_sequences_without_tokens_may_hold_anything(path, reverse):
     for i in 0, 2, 3, 4:
         assert error(np.asarray(got[i])[:, :70], want[i]) < 1e-5 and (np.asarray(got[i])[:, 70:] == 0).all(), NAMES[i]
     assert np.array_equal(got[5][1:], ds[1:]) and error(got[5][:1], want[5]) < 1e-5 and error(got[1][:1], want[1]) < 1e-5
-    assert error_of_dg(got[6], want[6], want[7]) < DG_BAR["float32"]
+    check_dg(path, got, want[6], want[7])
     last = lambda x: x.at[:, 70:140].set(jnp.nan)
     got = everything(path, last(q), last(k), last(v), s0[:2], do, ds[:2], g, reverse=reverse, cu_seqlens=jnp.array([0, 70, 140]))
     for i in 0, 2, 3, 4:
@@ -776,10 +816,10 @@ def precise():
     # what is mapped is folded before a path is chosen: kernels see one more row, and a decay for each or for all
     *(pytest.param(*path.values, mapped, marks=path.marks) for path in PATHS[1:] for mapped in ("q", "q k v s0 g"))])
 def test_vmap(path, precise, mapped):
-    N = 3
+    N = 2
     q, k, v, s0, do, ds = inputs(20, N * 2, 70, 2, 1, 8, 8)
     fold = lambda x: x.reshape(N, 2, *x.shape[1:])
-    args = dict(q=fold(q), k=fold(k), v=fold(v), s0=fold(s0), g=-jnp.arange(6.0).reshape(3, 2) / 9)
+    args = dict(q=fold(q), k=fold(k), v=fold(v), s0=fold(s0), g=-jnp.arange(4.0).reshape(N, 2) / 9)
     axes = {n: 0 if n in mapped else None for n in args}
     args = {n: x if axes[n] == 0 else x[0] for n, x in args.items()}
 
@@ -801,9 +841,11 @@ def test_vmap_of_packs(path, precise):
     q, k, v, s0, do, ds = inputs(21, 3, 70, 2, 1, 8, 8)
     cu = jnp.array([[0, 10, 70], [0, 0, 64], [0, 65, 66]])
     one = lambda q, k, v, cu: attend(path, q[None], k[None], v[None], 1, 4, cu_seqlens=cu)
-    close(jax.vmap(one)(q, k, v, cu), jax.tree.map(lambda *x: jnp.stack(x), *[one(q[i], k[i], v[i], cu[i]) for i in range(3)]))
-    close(jax.vmap(one, (0, 0, 0, None))(q, k, v, cu[0]), jax.tree.map(lambda *x: jnp.stack(x), *[one(q[i], k[i], v[i], cu[0]) for i in range(3)]))
-    close(jax.vmap(one, (None, None, None, 0))(q[0], k[0], v[0], cu), jax.tree.map(lambda *x: jnp.stack(x), *[one(q[0], k[0], v[0], cu[i]) for i in range(3)]))
+    single = functools.cache(lambda i, j: one(q[i], k[i], v[i], cu[j]))
+    stacked = lambda *pairs: jax.tree.map(lambda *x: jnp.stack(x), *[single(i, j) for i, j in pairs])
+    close(jax.vmap(one)(q, k, v, cu), stacked((0, 0), (1, 1), (2, 2)))
+    close(jax.vmap(one, (0, 0, 0, None))(q, k, v, cu[0]), stacked((0, 0), (1, 0), (2, 0)))
+    close(jax.vmap(one, (None, None, None, 0))(q[0], k[0], v[0], cu), stacked((0, 0), (0, 1), (0, 2)))
 
 
 @each_path
@@ -984,7 +1026,7 @@ def test_reference():
 @each_path
 def test_a_small_model_learns(path, precise):
     """Two layers learn to say at the end which token came first, 100 tokens ago: that takes memory across chunks."""
-    B, T, H, D, words = 16, 100, 2, 16, 4
+    B, T, H, D, words = 2 if path in INTERPRETED else 16, 100, 2, 16, 4
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, words, (B, T)))
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape) / shape[-2]**0.5, jnp.float32)
@@ -1427,13 +1469,17 @@ def drawn_calls(draw):
                 g=[one_of(0.0, -1e-3, -0.1, -2.0, -50.0) for _ in range(H)], reverse=one_of(False, True), cu=cu)
 
 
+@functools.cache
+def forward_on(path, reverse):
+    return jax.jit(lambda q, k, v, s0, g, cu: attend(path, q, k, v, g_gamma=g, initial_state=s0, reverse=reverse, cu_seqlens=cu))
+
+
 def searched(check):
     """A test of `check(f, call, rng, same)` on every path: f runs a call, `same` compares up to the rounding of its dtype."""
     @each_path
     def test(path):
         def f(q, k, v, s0, g, reverse, cu):
-            o, s = attend(path, q, k, v, g_gamma=jnp.asarray(g, jnp.float32), initial_state=s0, reverse=reverse,
-                          cu_seqlens=None if cu is None else jnp.asarray(cu, jnp.int32))
+            o, s = forward_on(path, reverse)(q, k, v, s0, jnp.asarray(g, jnp.float32), None if cu is None else jnp.asarray(cu, jnp.int32))
             return np.asarray(o.astype(jnp.float32)), np.asarray(s)
 
         @settings(max_examples=EXAMPLES[path], deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -1835,7 +1881,8 @@ WAYS = {
 @pytest.mark.skipif(not (HAS_DEVICES or HAS_GPU), reason=DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
-def test_ways_of_calling(way, kind, precise):
+def test_ways_of_calling(way, kind, precise, monkeypatch):
+    monkeypatch.setattr(la, "GROUP", 2)                          # chunks of plain JAX, which are unrolled: two compile faster than eight
     made, want = case(kind)
     got = WAYS[way](made)
     bar = 2e-2 if made.args["q"].dtype == jnp.bfloat16 else 2e-5
@@ -1924,7 +1971,7 @@ def test_more_devices_than_kv_heads(precise, kind, H, Hk):
     compiled = jax.jit(f).lower(*put).compile()
     close(compiled(*put), f(q, k, v), 1e-6)
     assert H == 24 or not collectives(compiled)
-    close(jax.jit(jax.grad(loss_of(f), (0, 1, 2)))(*put), jax.grad(loss_of(f), (0, 1, 2))(q, k, v), 1e-5)
+    close(jax.jit(jax.grad(loss_of(f), (0, 1, 2)))(*put), jax.jit(jax.grad(loss_of(f), (0, 1, 2)))(q, k, v), 1e-5)
 
 
 @eight_cpus
@@ -1947,7 +1994,7 @@ def test_a_mesh_that_is_set_and_arguments_that_are_not_committed(precise, kind, 
     f = lambda q, k, v: lightning_attn(q, k, v, 1, 4)
     split = lambda x: jax.lax.with_sharding_constraint(x, P("a", None, "b")) if what == "constraints" else x
     step = jax.grad(loss_of(lambda *args: f(*map(split, args))), (0, 1, 2))
-    want = step(*arrays) if what != "constraints" else jax.grad(loss_of(f), (0, 1, 2))(*arrays)
+    want = step(*arrays) if what != "constraints" else jax.jit(jax.grad(loss_of(f), (0, 1, 2)))(*arrays)
     with jax.set_mesh(mesh_of(kind, a=4, b=2)):
         got = jax.jit(lambda: step(*map(jnp.asarray, arrays)))() if what == "constants" else jax.jit(step)(*arrays)
     close(got, want, 1e-5)
@@ -1966,7 +2013,7 @@ def test_seq_axis_with_a_state_that_is_the_same_on_all_devices(precise, check):
         part = jax.shard_map(lambda q, k, v, s: lightning_attn(q, k, v, 1, 4, initial_state=here(q, s), seq_axis="t"), mesh=mesh, check_vma=check,
                              in_specs=(tokens, tokens, tokens, P()), out_specs=(tokens, P("d")))
         of = (0, 1, 2) if state is None else (0, 1, 2, 3)
-        close(jax.jit(jax.grad(loss_of(part), of))(q, k, v, state), jax.grad(loss_of(whole), of)(q, k, v, state), 1e-5)
+        close(jax.jit(jax.grad(loss_of(part), of))(q, k, v, state), jax.jit(jax.grad(loss_of(whole), of))(q, k, v, state), 1e-5)
 
 
 @eight_cpus
@@ -1978,11 +2025,11 @@ def test_seq_axis_of_two_axes(precise, check):
     part = jax.shard_map(lambda q, k, v, s: lightning_attn(q, k, v, 1, 4, initial_state=s, seq_axis=("a", "b")), mesh=mesh_of(AUTO, a=2, b=4),
                          check_vma=check, in_specs=(tokens, tokens, tokens, P()), out_specs=(tokens, P()))
     close(jax.jit(part)(q, k, v, s0), whole(q, k, v, s0), 1e-5)
-    close(jax.jit(jax.grad(loss_of(part), (0, 1, 2, 3)))(q, k, v, s0), jax.grad(loss_of(whole), (0, 1, 2, 3))(q, k, v, s0), 1e-5)
+    close(jax.jit(jax.grad(loss_of(part), (0, 1, 2, 3)))(q, k, v, s0), jax.jit(jax.grad(loss_of(whole), (0, 1, 2, 3)))(q, k, v, s0), 1e-5)
     only = jax.shard_map(lambda q, k, v, s: lightning_attn(q, k, v, 1, 4, initial_state=s, seq_axis=("a", "b"), output_final_state=False)[0],
                          mesh=mesh_of(AUTO, a=2, b=4), check_vma=check, in_specs=(tokens, tokens, tokens, P()), out_specs=tokens)
     close(jax.jit(jax.grad(loss_of(only), (0, 1, 2, 3)))(q, k, v, s0),
-          jax.grad(loss_of(lambda *args: whole(*args)[0]), (0, 1, 2, 3))(q, k, v, s0), 1e-5)
+          jax.jit(jax.grad(loss_of(lambda *args: whole(*args)[0]), (0, 1, 2, 3)))(q, k, v, s0), 1e-5)
 
 
 def test_seq_axis_of_vmap():
@@ -2011,7 +2058,7 @@ def test_no_tracer_leaks_and_no_constants(precise):
     jax.clear_caches()
     with jax.checking_leaks():
         got = jax.jit(jax.grad(loss_of(f), (0, 1, 2)))(*put)
-    close(got, jax.grad(loss_of(f), (0, 1, 2))(q, k, v), 1e-5)
+    close(got, jax.jit(jax.grad(loss_of(f), (0, 1, 2)))(q, k, v), 1e-5)
 
     def folded(x):
         with jax.ensure_compile_time_eval():
@@ -2088,9 +2135,10 @@ def test_everything_inside_shard_map(precise, check=True):
     many = lambda q, k, v, g, **kw: jax.vmap(lambda q, k, v: attend(q, k, v, g, **kw))(q, k, v)
     inside = mapped(lambda *a: many(*a, seq_axis="t"), in_specs=(P(None, *tokens),) * 3 + (P("h"),), out_specs=(P(None, *tokens), P(None, *state)))
     outside = jax.vmap(mapped(lambda *a: attend(*a, seq_axis="t"), in_specs=(tokens,) * 3 + (P("h"),), out_specs=(tokens, state)), (0, 0, 0, None))
-    want = jax.grad(square(many), (0, 1, 2, 3))(q, k, v, g)
+    want = jax.jit(jax.grad(square(many), (0, 1, 2, 3)))(q, k, v, g)
+    results = jax.jit(many)(q, k, v, g)
     for f in inside, outside:
-        close(jax.jit(f)(q, k, v, g), many(q, k, v, g), 1e-5)
+        close(jax.jit(f)(q, k, v, g), results, 1e-5)
         close(jax.jit(jax.grad(square(f), (0, 1, 2, 3)))(q, k, v, g), want, 1e-5)
 
     def stack(q, k, v, g, **kw):
@@ -2101,7 +2149,7 @@ def test_everything_inside_shard_map(precise, check=True):
     q, k, v = draw(2, 32, 4, 8)
     inside = mapped(lambda *a: stack(*a, seq_axis="t"), in_specs=(tokens,) * 3 + (P("h"),), out_specs=tokens)
     twice = lambda f: jax.jit(jax.grad(square(jax.grad(square(f), (0, 1, 2, 3))), (0, 1, 2, 3)))(q, k, v, g)
-    close(jax.jit(jax.grad(square(inside), (0, 1, 2, 3)))(q, k, v, g), jax.grad(square(stack), (0, 1, 2, 3))(q, k, v, g), 1e-5)
+    close(jax.jit(jax.grad(square(inside), (0, 1, 2, 3)))(q, k, v, g), jax.jit(jax.grad(square(stack), (0, 1, 2, 3)))(q, k, v, g), 1e-5)
     close(twice(inside), twice(stack), 1e-5)
 
     q, k, v = draw(2, 70, 4, 8)
@@ -2176,7 +2224,7 @@ def launches(arch, f, *args):
 
 
 def build(kernel, arrays, arguments, options, arch):
-    """Compiles a launch as jax-triton does: bytes of shared memory, and on Hopper the bytes of registers that are spilled."""
+    """Compiles a launch as jax-triton does: bytes of shared memory, and for the Hopper kernel the bytes of registers that are spilled."""
     import triton
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
@@ -2207,7 +2255,7 @@ def build(kernel, arrays, arguments, options, arch):
     code = source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
     for step in backend.make_ttir, backend.make_ttgir, backend.make_llir, backend.make_ptx:
         code = step(code, about, options, number)
-    if number != 90:
+    if number != 90 or not kernel.is_gluon():                    # whose registers nobody counts
         return about["shared"], 0
     tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
@@ -2261,13 +2309,13 @@ def test_compiles_and_fits(arch, dtype):
     if arch.startswith("gfx") and la._fits(triton.__version__, ">=3.9") and not (amd / "libtriton_amd_codegen.so").exists():
         pytest.skip("a slim Triton, without the code generator for AMD")
     table = {}
-    # float16 is launched as bfloat16 is, and registers are counted for sm_90 alone: elsewhere fewer sizes will do
-    if arch == "sm_90":
-        sizes = (64, 128, 192) if dtype == "float16" else (16, 64, 96, 128, 192, 256, 512)
+    # float16 is launched as bfloat16 is, and registers are counted for the Hopper kernel alone: elsewhere fewer sizes will do
+    if arch == "sm_90" and dtype != "float32":
+        sizes = (128, 192) if dtype == "float16" else (16, 64, 96, 128, 192, 256, 512)
     else:
         sizes = (128,) if dtype == "float16" else (128, 512) if arch in ("sm_89", "sm_120") else (16, 128, 192, 512)
     shapes = [(1, 4096, 2, D) for D in sizes] + [(1, 1, 2, 128)]
-    if arch == "sm_90":                                          # no argument is 1 here, which would be a constant
+    if arch == "sm_90" and dtype != "float16":                   # no argument is 1 here, which would be a constant
         shapes += [(2, 300, 4, 64)]
     for B, T, H, D in shapes:
         x = jnp.zeros((B, T, H, D), dtype)
