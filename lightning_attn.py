@@ -939,6 +939,8 @@ def _load_chunks(x, first, read, C, B, H, packed):
     else:                                                        # padded with zeros to whole groups
         x = lax.dynamic_slice_in_dim(x, first[0, 0], N * C, 1).reshape(rows, N, C, Hx, D)
     x = jnp.repeat(x.swapaxes(2, 3), H // Hx, axis=2)
+    # XLA before jax 0.12 sums wrongly on CPUs where it sees that heads are copies
+    x = lax.optimization_barrier(x) if H > Hx else x
     return jnp.broadcast_to(x, (B, N, H, C, D))
 
 

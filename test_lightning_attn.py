@@ -1196,6 +1196,15 @@ def test_messages_for_what_is_traced():
         lightning_g_gamma(0, 0, 1)
 
 
+def test_gradient_of_the_decay_where_one_chunk_is_all_and_heads_are_shared(precise):
+    """XLA before jax 0.12 summed wrongly here, where it saw that the key heads were copies of one."""
+    q, k, v, s0, do, ds = inputs(7, 1, 64, 2, 1, 8, 8)
+    op = la._Op(8**-0.5, False, False, "xla", "highest")
+    g = jnp.array([[0.0, -0.05]])
+    gradient = lambda k, v: la._decay_gradient(op, q, k, v, g, s0[:, None], None, do, ds[:, None])
+    close(gradient(k, v), gradient(jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)))
+
+
 def test_decays_that_cannot_be_checked_do_not_grow():
     """A traced decay above 0 counts as 0, with no gradient; that of a decay of 0 is whole. So do layers past the last one."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 70, 4, 8)), "float32")
