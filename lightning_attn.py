@@ -164,8 +164,9 @@ def lightning_attn(
         a device while something is traced, cannot be checked: no head forgets in a layer from `num_layers` on. Inside a
         `jax.shard_map` that splits the heads the formula would number each device's heads from 0, which is wrong and cannot be seen
         from inside: there, give each device its part of `lightning_g_gamma(num_heads of all devices, ...)` as `g_gamma`.
-      softmax_scale: scale of the outputs, 0 or a normal number of float32; None means qk_head_dim ** -0.5. A traced one multiplies
-        `query`, in its dtype, and is not checked.
+      softmax_scale: scale of the outputs, 0 or a normal number of float32; None means qk_head_dim ** -0.5. A number is a constant of
+        the compiled program: another number compiles another program. A traced scale multiplies `query`, in its dtype, and is
+        not checked.
       initial_state: [n, num_heads, qk_head_dim, v_head_dim], floating: the states that the sequences start from. n is the batch or
         the number of packed sequences. None means zeros.
       reverse: a static bool. True runs from the last token to the first: `initial_state` enters at the end, `final_state` is left at the start.
