@@ -930,18 +930,23 @@ def _by_chunk(xs):
     return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), xs)
 
 
+def _rows_at(x, index):
+    """x[b, index[b]] of x [B | 1, ...] and index [B | 1, ...]. vmap tells the compiler that no row reads another's."""
+    if x.shape[0] == 1:
+        return x[0].at[index].get(mode="clip")
+    return jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x, jnp.broadcast_to(index, (x.shape[0], *index.shape[1:])))
+
+
 def _load_chunks(x, first, read, C, B, H, packed):
     """Tokens of x [B | 1, T, Hx, D] in the chunks at first [B | 1, N] as [B, N, H, C, D]: 0 where no
     sequence has tokens."""
     (rows, _, Hx, D), N, i = x.shape, first.shape[1], jnp.arange(C)
     if packed:
-        x = x.at[jnp.arange(rows)[:, None, None], first[..., None] + i].get(mode="clip")
+        x = _rows_at(x, first[..., None] + i)
         x = jnp.where((i < read[..., None])[..., None, None], x, 0)
     else:                                                        # padded with zeros to whole groups
         x = lax.dynamic_slice_in_dim(x, first[0, 0], N * C, 1).reshape(rows, N, C, Hx, D)
     x = jnp.repeat(x.swapaxes(2, 3), H // Hx, axis=2)
-    # XLA before jax 0.12 sums wrongly on CPUs where it sees that heads are copies
-    x = lax.optimization_barrier(x) if H > Hx else x
     return jnp.broadcast_to(x, (B, N, H, C, D))
 
 
@@ -973,8 +978,7 @@ def _distances(op, C):
 def _states_of(x, sequence):
     """x[b, sequence[b]] of states x [B | 1, n, H, K, V] as [B | 1, H, K, V]; 0 for what is no sequence
     (-1)."""
-    x = x[jnp.arange(x.shape[0]), jnp.maximum(sequence, 0)]
-    return jnp.where((sequence >= 0)[:, None, None, None], x, 0)
+    return jnp.where((sequence >= 0)[:, None, None, None], _rows_at(x, jnp.maximum(sequence, 0)), 0)
 
 
 def _whole_groups(x, work, C, packed):
@@ -1110,8 +1114,9 @@ def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
         first, read, begins, ends, sequence = _columns(op, work)
         qs, ks, vs, dos = (_load_chunks(x, first, read, C, B, H, packed).astype(wide) for x in (q, k, v, do))
         reads, leaves, eq, ek, eS = _decays(op, g, read, C)
-        products = dot("bnhik,bnhjk->bnhij", qs, ks) * dot("bnhiv,bnhjv->bnhij", dos, vs)
-        total += (D * products).sum((1, 3, 4))
+        # XLA before jax 0.12 sums products wrongly on CPUs where it sees that heads are copies
+        scores, other = lax.optimization_barrier((dot("bnhik,bnhjk->bnhij", qs, ks), dot("bnhiv,bnhjv->bnhij", dos, vs)))
+        total += (D * scores * other).sum((1, 3, 4))
         ks, qs = ks * (scale_k * ek), qs * (scale_q * eq)
         pairs = (ks, vs), (leaves.astype(wide) * ks, vs), (qs, dos), (reads.astype(wide) * qs, dos)
         sums = [dot("bnhjk,bnhjv->nbhkv", x, y) for x, y in pairs]
