@@ -2339,8 +2339,7 @@ def test_compiles_and_fits(arch, dtype):
                 continue
             table[key] = shared, spilled = build(*launch, arch)
             assert shared <= la._SHARED_MEMORY[arch] * 1024, (key, shared)
-            # two scans at once for head dims of 64 want a few registers more than there are, and so do parts of the keys
-            few = 44 if arguments.get("BOTH") and D == 64 else 440 if D > 128 else 0
+            few = 464 if D > 128 else 0                          # parts of the keys want more registers than there are
             counted = kernel.is_gluon() and la._fits(triton.__version__, ">=3.9")             # 3.8 spills 120 bytes for two scans
             assert not counted or spilled <= few, (key, spilled)
     assert len(table) >= 4
