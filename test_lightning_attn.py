@@ -837,6 +837,31 @@ def test_vmap(path, precise, mapped):
 
 
 @each_path
+@pytest.mark.parametrize("T", [1, 1100])                         # a decode step, and segments
+@pytest.mark.parametrize("mapped", ["q s0", "k v g"])
+def test_rows_that_vmap_does_not_map_are_shared(path, precise, mapped, T):
+    q, k, v, s0, _, _ = inputs(22, 3, T, 1, 1, 8, 8)
+    args = dict(q=q, k=k, v=v, s0=s0, g=-jnp.arange(3.0)[:, None] / 500)
+    axes = {n: 0 if n in mapped.split() else None for n in args}
+    args = {n: x if axes[n] == 0 else x[0] for n, x in args.items()}
+    one = lambda q, k, v, s0, g: attend(path, q[None], k[None], v[None], initial_state=s0[None], g_gamma=g)
+    want = [one(*(x if axes[n] is None else x[i] for n, x in args.items())) for i in range(3)]
+    close(jax.jit(jax.vmap(one, tuple(axes.values())))(*args.values()), jax.tree.map(lambda *x: jnp.stack(x), *want))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.parametrize("T", [1, 1100])
+def test_vmap_copies_nothing_that_is_not_mapped(T):
+    q, x, s0 = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((4, 1, T, 2, 16), (1, T, 2, 16), (1, 2, 16, 16)))
+    one = lambda q, k, v, s0: lightning_attn(q, k, v, 3, 8, initial_state=s0, backend="triton")
+    found = launches("sm_80", jax.vmap(one, (0, None, None, None)), q, x, x, s0)
+    rows = {kernel.__name__: [array.shape[0] for array in arrays[:5]] for kernel, arrays, *_ in found}
+    scan = "_step_kernel" if T == 1 else "_scan_kernel"
+    assert rows[scan] == [4, 1, 1, 1, 1], rows                   # q, k, v, g, s0
+    assert T == 1 or rows["_states_kernel"][:3] == [1, 1, 1], rows
+
+
+@each_path
 def test_vmap_of_packs(path, precise):
     q, k, v, s0, do, ds = inputs(21, 3, 70, 2, 1, 8, 8)
     cu = jnp.array([[0, 10, 70], [0, 0, 64], [0, 65, 66]])
