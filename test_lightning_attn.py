@@ -814,7 +814,7 @@ def precise():
 @pytest.mark.parametrize("path, mapped", [
     *(("xla", mapped) for mapped in ("q", "qkv", "s0", "g", "kv g", "q k v s0 g")),
     # what is mapped is folded before a path is chosen: kernels see one more row, and a decay for each or for all
-    *(pytest.param(*path.values, mapped, marks=path.marks) for path in PATHS[1:] for mapped in ("q", "q k v s0 g"))])
+    *(pytest.param(*path.values, mapped, marks=path.marks) for path in PATHS[1:] for mapped in ("q k v s0 g",))])
 def test_vmap(path, precise, mapped):
     N = 2
     q, k, v, s0, do, ds = inputs(20, N * 2, 70, 2, 1, 8, 8)
@@ -1481,7 +1481,7 @@ print(float(jax.jit(jax.grad(lambda x: lightning_attn(x, x, x, 1, 4)[0].sum()))(
 
 # What was tried to break it -----------------------------------------------------------------------------------------------------
 
-EXAMPLES = {"xla": 8, "interpreter": 3, "gluon": 6, "gpu": 5}
+EXAMPLES = {"xla": 6, "interpreter": 3, "gluon": 4, "gpu": 5}
 ROUNDING = {"float32": 3e-5, "bfloat16": 1.5e-2, "float16": 2e-3}
 
 
@@ -1782,21 +1782,24 @@ DEVICES_USED = min(8, len(jax.devices()))
 
 @dataclasses.dataclass
 class Case:
-    """Arguments of a call, all of them differentiated, and weights of its results in a loss."""
+    """Arguments of a call, weights of its results in a loss, and the names of the arguments that are differentiated."""
     args: dict
     weights: tuple
     cu: Any
+    learned: list
 
     def call(self, seq_axis=None, **args):
         cu = None if self.cu is None else jnp.array(self.cu)
         return lightning_attn(args["q"], args["k"], args["v"], initial_state=args.get("s0"), g_gamma=args["g"], cu_seqlens=cu, seq_axis=seq_axis)
 
     def step(self, call):
-        """Results and gradients of all arguments, in one function of the arguments."""
-        def loss(args):
-            results = call(**args)
-            return sum((x * w).astype(jnp.float32).sum() for x, w in zip(results, self.weights)), results
-        return lambda args: jax.grad(loss, has_aux=True)(args)[::-1]
+        """Results and gradients, in one function of the arguments."""
+        def step(args):
+            def loss(learned):
+                results = call(**args | learned)
+                return sum((x * w).astype(jnp.float32).sum() for x, w in zip(results, self.weights)), results
+            return jax.grad(loss, has_aux=True)({name: args[name] for name in self.learned})[::-1]
+        return step
 
     def specs(self, rows, heads):
         """How rows and heads are split over mesh axes: of the arguments and of the results."""
@@ -1811,7 +1814,9 @@ def case(kind):
     cu, state, dtype = shape.pop("cu"), shape.pop("state"), shape.pop("dtype")
     q, k, v, s0, do, ds = inputs(50, **shape, dtype=dtype, n=cu and len(cu) - 1)
     args = dict(q=q, k=k, v=v, g=-0.05 * jnp.arange(8.0)) | ({"s0": s0} if state else {})
-    made = Case(args, (do, ds), cu)
+    # the gradient of g is plain JAX, the same for all launches: these kinds stand for it
+    learned = [name for name in args if name != "g" or kind in ("one-segment", "decode", "pack-with-states")]
+    made = Case(args, (do, ds), cu, learned)
     with jax.default_matmul_precision("highest"):
         return made, jax.jit(made.step(made.call))(args)
 
@@ -2134,8 +2139,7 @@ def test_packed_sharded_by_heads(precise):
     *[("xla", *mesh, reverse, check) for mesh in [((8,), (None, "a", None)), ((2, 2, 2), ("a", "b", "c"))]
       for reverse in (False, True) for check in (True, False)],
     ("xla", (4,), ("a", None, None), False, True),
-    *[pytest.param("interpreter", (2, 2), (None, "a", "b"), same, same, marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton"))
-      for same in (False, True)]])
+    pytest.param("interpreter", (2, 2), (None, "a", "b"), True, True, marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton"))])
 def test_shard_map(precise, shape, axes, reverse, check, path):
     q, k, v, s0, do, ds = inputs(32, 4, 128, 4, 2, 8, 8)
     b, t, h = axes
@@ -2347,7 +2351,7 @@ def test_compiles_and_fits(arch, dtype):
     if arch == "sm_90" and dtype != "float32":
         sizes = (128, 192) if dtype == "float16" else (16, 64, 96, 128, 192, 256, 512)
     else:
-        sizes = (128,) if dtype == "float16" else (128, 512) if arch in ("sm_89", "sm_120") else (16, 128, 192, 512)
+        sizes = (128,) if dtype == "float16" else (16, 128, 192, 512) if arch in ("sm_80", "sm_90") else (128, 512)
     shapes = [(1, 4096, 2, D) for D in sizes] + [(1, 1, 2, 128)]
     if arch == "sm_90" and dtype != "float16":                   # no argument is 1 here, which would be a constant
         shapes += [(2, 300, 4, 64)]
