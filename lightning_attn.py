@@ -997,8 +997,11 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
     packed, wide = cu is not None, g.dtype
     C, works = _chunks(T, cu, max(K, V))
 
+    # a product of two 16-bit numbers is exact in float32: to ask for more passes would change nothing
+    precision = op.precision if v.dtype == wide else "default"
+
     def dot(indices, x, y):                                      # rounds what it multiplies, as the kernels do
-        return jnp.einsum(indices, x.astype(v.dtype), y.astype(v.dtype), precision=op.precision, preferred_element_type=wide)
+        return jnp.einsum(indices, x.astype(v.dtype), y.astype(v.dtype), precision=precision, preferred_element_type=wide)
 
     scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
     q, k, v, w = (x if x is None else _whole_groups(x, works, C, packed) for x in (q, k, v, w))
