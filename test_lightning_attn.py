@@ -102,9 +102,10 @@ def main(arguments):
     if devices:
         os.environ["JAX_PLATFORMS"] = "cpu"
     alone = any(a.startswith(("-n", "--numprocesses", "--pdb")) for a in arguments)
-    if importlib.util.find_spec("xdist") and not alone:
+    if importlib.util.find_spec("xdist"):
         # one case at a time: by default the first worker gets the first cases, and those are the longest
-        arguments = ["-n", str(len(os.sched_getaffinity(0))), "--maxschedchunk", "1", *arguments]
+        arguments = ["--maxschedchunk", "1", *arguments]
+        arguments = arguments if alone else ["-n", str(len(os.sched_getaffinity(0))), *arguments]
     style = "console_output_style=count"
     code = pytest.main([__file__, "-q", "-p", "no:warnings", "-o", style, *arguments], [Summary()])
     leave(code)
@@ -2368,7 +2369,8 @@ def test_compiles_and_fits(arch, dtype):
                 continue
             table[key] = shared, spilled = build(*launch, arch)
             assert shared <= la._SHARED_MEMORY[arch] * 1024, (key, shared)
-            few = 464 if D > 128 else 0                          # parts of the keys want more registers than there are
+            # two scans at once for head dims of 64 use all registers, parts of the keys want more; each ptxas finds another number
+            few = 44 if arguments.get("BOTH") and D == 64 else 512 if D > 128 else 0
             counted = kernel.is_gluon() and la._fits(triton.__version__, ">=3.9")             # 3.8 spills 120 bytes for two scans
             assert not counted or spilled <= few, (key, spilled)
     assert len(table) >= 4
