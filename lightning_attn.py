@@ -1141,6 +1141,8 @@ def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
 #
 # Head dims above 128 are scanned in parts of the keys, one after another: the scan is linear in them, and each part adds to the outputs.
 # A program rereads only outputs that its own threads wrote, so no launch depends on what XLA does with the memory between launches.
+# Operands may have one row that all share: QT, KT, VT and WT are the tokens from one row to the next, and S_STRIDE the states of s0,
+# or 0 where there is one row.
 # An array that a launch may change in place (`_launch`) is passed twice, as an input and as an output: a kernel is right where they are
 # one array, and where they are two.
 
@@ -1589,7 +1591,7 @@ def _config(arch, K, V, dtype, B, T):
     BK, BV = min(_block(K), 128), min(_block(V), 128)
     wide = 256 // itemsize                                       # whole rows of 256 bytes
     states = wide, min(4, shared * 1024 // (64 * (wide + 96) * itemsize))                   # tiles in flight, and one that is multiplied
-    # descriptors want rows that are multiples of 16 bytes
+    # descriptors want rows that are multiples of 16 bytes; sequences of fewer than 32 tokens would waste most of a chunk of 64
     if arch == "sm_90" and itemsize == 2 and 32 <= T and B * T < 2**31 and K % 8 == V % 8 == 0:
         if _HAS_HOPPER:
             BK, BV = max(BK, 64), max(BV, 64)
@@ -1603,6 +1605,7 @@ def _config(arch, K, V, dtype, B, T):
     C = 16 if T <= 16 else 32 if T <= 32 or itemsize == 4 else 64
     for C, BV, stages in [(c, b, n) for b in (BV, 64, 32, 16) for c in (64, 32, 16) if b <= BV and c <= C for n in (2, 1)]:
         if need(C, BV, stages) <= shared:
+            # for short sequences, two programs of 4 warps at once beat one of 8
             return _Config(_scan_kernel, C, BK, BV, 8 if BK * BV > 64 * 64 and C > 16 else 4, 1 if T <= C else stages, 1, *states)
 
 
