@@ -1665,6 +1665,7 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     config = _config(arch, K, V, dtype, B * n, -(-T // n))
     if w is not None and not (config.kernel is _hopper_kernel and max(K, V) <= config.BK == config.BV):
         transposed = dataclasses.replace(op, final_state=False)
+        g = g if q.shape[0] == w.shape[0] else jnp.broadcast_to(g, (B, H))                  # each of the two has all rows
         return *_scan_triton(op, q, k, v, g, s0, cu)[:2], _scan_triton(transposed, w, v, k, g, _transposed(s0), cu, swap=True)[0]
     states_apart = n if s0 is not None and s0.shape[0] == B else 0
     # a final state that nobody reads is no output: the kernel gets an array that it does not touch
