@@ -486,7 +486,8 @@ def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
 #     _scan(op, q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], g [B, H], s0 [B, n, H, K, V] | None, cu [B, n+1] | None)
 #         -> o [B, T, H, V], s [B, n, H, K, V] | None, y | None
 #
-# Each operand may have one row in place of B, which all share, and fewer heads than the decay, which are then shared in groups. The op is linear in q, k, v and s0, so its gradients are scans as well:
+# An operand may have one row in place of B: then all rows share it. It may have fewer heads than the decay: then groups of heads
+# share them. The op is linear in q, k, v and s0, so its gradients are scans as well:
 #
 #     dq = scan(do, v, k, from s0^T)     dk = scan back(v, do, q, from ds^T)     dv = scan back(k, q, do, from ds)     ds0 = its end
 #
@@ -580,13 +581,13 @@ def _attend_both(op, q, k, v, g, s0, cu, w):
     return _scan(op, q, k, v, g, s0, cu, w)
 
 
-def _one_by_one(attend, op, q, k, v, g, s0, cu, w):
+def _one_by_one(op, q, k, v, g, s0, cu, w):
     transposed = dataclasses.replace(op, final_state=False)
-    return *attend(op, q, k, v, g, s0, cu)[:2], attend(transposed, w, v, k, g, _transposed(s0), cu)[0]
+    return *_attend(op, q, k, v, g, s0, cu), _attend(transposed, w, v, k, g, _transposed(s0), cu)[0]
 
 
 _attend_both.defvjp(lambda op, *operands: (_attend_both(op, *operands), operands),
-                    lambda op, operands, cotangents: jax.vjp(functools.partial(_one_by_one, _attend, op), *operands)[1](cotangents))
+                    lambda op, operands, cotangents: jax.vjp(functools.partial(_one_by_one, op), *operands)[1](cotangents))
 
 
 # One sequence on many devices: each device starts from the state that the devices before it leave. Only states are sent, once each way.
@@ -1042,7 +1043,7 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
 
     def group_or_nothing(carry, work):                           # half of a pack's rows may be without work
         shapes = jax.eval_shape(group, carry, work)[1]
-        nothing = lambda carry, work: (carry, _vary(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), q, k, v, g, s0, works))
+        nothing = lambda carry, work: (carry, _vary(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), q, k, v, g, s0, w, works))
         return lax.cond((work[..., 1] >= 0).any(), group, nothing, carry, work)
 
     def by_token(o):
@@ -1584,15 +1585,15 @@ class _Config:
 _SHARED_MEMORY = {"sm_80": 163, "sm_87": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}    # KiB a program
 
 
-def _config(arch, K, V, dtype, B, T):
-    """The launch configuration on a GPU for head dims K, V and B sequences of T tokens, on average. S^T is at most [128, 128],
-    for the registers."""
+def _config(arch, K, V, dtype, B, T, length):
+    """The launch configuration on a GPU for head dims K, V and B rows of T tokens, whose sequences have `length` tokens on average.
+    S^T is at most [128, 128], for the registers."""
     shared, itemsize = _SHARED_MEMORY.get(arch, 64 if arch.startswith("gfx") else 99), dtype.itemsize
     BK, BV = min(_block(K), 128), min(_block(V), 128)
     wide = 256 // itemsize                                       # whole rows of 256 bytes
     states = wide, min(4, shared * 1024 // (64 * (wide + 96) * itemsize))                   # tiles in flight, and one that is multiplied
-    # descriptors want rows that are multiples of 16 bytes; sequences of fewer than 32 tokens would waste most of a chunk of 64
-    if arch == "sm_90" and itemsize == 2 and 32 <= T and B * T < 2**31 and K % 8 == V % 8 == 0:
+    # descriptors want rows that are multiples of 16 bytes; sequences of fewer than 32 tokens waste most of a chunk of 64
+    if arch == "sm_90" and itemsize == 2 and 64 <= T and 32 <= length and B * T < 2**31 and K % 8 == V % 8 == 0:
         if _HAS_HOPPER:
             BK, BV = max(BK, 64), max(BV, 64)
             return _Config(_hopper_kernel, 64, BK, BV, BV // 16, 4, 2 if BK == BV == 64 else 1, *states)
@@ -1602,11 +1603,11 @@ def _config(arch, K, V, dtype, B, T):
 
     def need(C, BV, stages):                                     # tiles in flight, and what passes through shared memory
         return (stages * C * (2 * BK + BV) + C * max(C, 2 * BV)) * itemsize / 1024 + 4
-    C = 16 if T <= 16 else 32 if T <= 32 or itemsize == 4 else 64
+    C = 16 if length <= 16 else 32 if length <= 32 or itemsize == 4 else 64
     for C, BV, stages in [(c, b, n) for b in (BV, 64, 32, 16) for c in (64, 32, 16) if b <= BV and c <= C for n in (2, 1)]:
         if need(C, BV, stages) <= shared:
             # for short sequences, two programs of 4 warps at once beat one of 8
-            return _Config(_scan_kernel, C, BK, BV, 8 if BK * BV > 64 * 64 and C > 16 else 4, 1 if T <= C else stages, 1, *states)
+            return _Config(_scan_kernel, C, BK, BV, 8 if BK * BV > 64 * 64 and C > 16 else 4, 1 if length <= C else stages, 1, *states)
 
 
 def _block(d):
@@ -1662,7 +1663,7 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     K, V, dtype = q.shape[3], v.shape[3], q.dtype
     B, T, HQ, H, n = _batch(q, k, v, g, s0, cu, w), *q.shape[1:3], g.shape[1], 1 if cu is None else cu.shape[1] - 1
     arch, processors = _gpu() or ("sm_90", 132)                  # traced, and never lowered, where there is no GPU
-    config = _config(arch, K, V, dtype, B * n, -(-T // n))
+    config = _config(arch, K, V, dtype, B, T, -(-T // n))
     if w is not None and not (config.kernel is _hopper_kernel and max(K, V) <= config.BK == config.BV):
         transposed = dataclasses.replace(op, final_state=False)
         g = g if q.shape[0] == w.shape[0] else jnp.broadcast_to(g, (B, H))                  # each of the two has all rows

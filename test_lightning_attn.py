@@ -427,8 +427,8 @@ if HAS_TRITON and not HAS_GPU:
     teach_the_interpreter_bfloat16()
     INTERPRETED["interpreter"] = interpreted(lambda arch, *shape: la._config("sm_80", *shape), True)
     if la._HAS_HOPPER:
-        INTERPRETED["gluon"] = interpreted(lambda arch, K, V, dtype, B, T: la._config(
-            "sm_90", -(-K // 8) * 8, -(-V // 8) * 8, np.dtype("float16"), B, T if T == 1 else max(T, 64)), False)
+        INTERPRETED["gluon"] = interpreted(lambda arch, K, V, dtype, B, T, length: la._config(
+            "sm_90", -(-K // 8) * 8, -(-V // 8) * 8, np.dtype("float16"), B, T if T == 1 else max(T, 64), max(length, 64)), False)
 
 
 compiled_reference = jax.jit(lightning_attn_reference, static_argnames=("reverse",))
@@ -840,7 +840,7 @@ def test_vmap(path, precise, mapped):
 @each_path
 @pytest.mark.parametrize("mapped, T", [("q s0", 1100), ("k v g", 1), ("k", 70), ("v", 70)])
 def test_rows_that_vmap_does_not_map_are_shared(path, precise, mapped, T):
-    """In a decode step and in segments. The sum's cotangent is mapped over nothing, so its gradients may read one mapped operand."""
+    """The cotangent of a sum is not mapped, so of the operands of its gradients only one may be."""
     q, k, v, s0, _, _ = inputs(22, 3, T, 1, 1, 8, 8)
     args = dict(q=q, k=k, v=v, s0=s0, g=-jnp.arange(3.0)[:, None] / 500)
     axes = {n: 0 if n in mapped.split() else None for n in args}
@@ -1333,6 +1333,16 @@ def test_gpus_without_matrix_products_in_triton():
         call("triton")
 
 
+@pytest.mark.skipif(not la._HAS_HOPPER, reason="no Gluon kernel in this Triton")
+@pytest.mark.parametrize("T, n, kernel, C", [
+    (8192, 1, "_hopper_kernel", 64), (8192, 256, "_hopper_kernel", 64), (8192, 1024, "_scan_kernel", 16), (63, 1, "_scan_kernel", 64)])
+def test_short_sequences_take_short_chunks(T, n, kernel, C):
+    x = jax.ShapeDtypeStruct((1, T, 2, 128), "bfloat16")
+    cu = jax.ShapeDtypeStruct((n + 1,), "int32")
+    found = launches("sm_90", lambda x, cu: lightning_attn(x, x, x, 1, 4, cu_seqlens=cu if n > 1 else None, backend="triton"), x, cu)
+    assert (kernel, C) in [(k.__name__, arguments.get("C")) for k, _, arguments, _ in found]
+
+
 def test_vmap_over_nothing():
     x = jnp.ones((0, 1, 70, 2, 8))
     f = lambda x: lightning_attn(x, x, x, 1, 2)
@@ -1415,7 +1425,7 @@ def test_triton_without_gluon_for_hopper(monkeypatch):
     monkeypatch.delattr(la.hopper.tma, "async_load")
     other = load("lightning_attn_3_7")
     with pytest.warns(UserWarning) as caught:
-        config = other._config("sm_90", 128, 128, np.dtype("float16"), 1, 4096)
+        config = other._config("sm_90", 128, 128, np.dtype("float16"), 1, 4096, 4096)
     assert config.kernel is other._scan_kernel
     said, = (str(w.message) for w in caught)
     assert "triton" + la._HOPPER in said and f"found triton {la.triton.__version__}" in said
