@@ -1582,24 +1582,34 @@ class _Config:
     states_stages: int                                           # chunks of 64 tokens in flight there
 
 
+SEGMENT = 512                                                    # tokens that a segment has at least: a state must cost less than they do
 _SHARED_MEMORY = {"sm_80": 163, "sm_87": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}    # KiB a program
 
 
-def _config(arch, K, V, dtype, B, T, length):
-    """The launch configuration on a GPU for head dims K, V and B rows of T tokens, whose sequences have `length` tokens on average.
-    S^T is at most [128, 128], for the registers."""
-    shared, itemsize = _SHARED_MEMORY.get(arch, 64 if arch.startswith("gfx") else 99), dtype.itemsize
+def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
+    """The launch configuration on a GPU for B rows of T tokens in n sequences, for H heads of head dims K and V.
+    `dual`: of both scans of one state. S^T is at most [128, 128], for the registers."""
+    shared, itemsize, length = _SHARED_MEMORY.get(arch, 64 if arch.startswith("gfx") else 99), dtype.itemsize, -(-T // n)
     BK, BV = min(_block(K), 128), min(_block(V), 128)
     wide = 256 // itemsize                                       # whole rows of 256 bytes
     states = wide, min(4, shared * 1024 // (64 * (wide + 96) * itemsize))                   # tiles in flight, and one that is multiplied
+
+    def cut(BV, least, longest):
+        """Fewer values per program where T is at most `longest`, and as many programs as that makes can run at once. It costs
+        less than the states between segments do, or makes programs of a sequence that is too short for segments."""
+        while T <= longest and BV > least and 2 * B * n * H * -(-V // BV) <= processors:
+            BV //= 2
+        return BV
+
     # descriptors want rows that are multiples of 16 bytes; sequences of fewer than 32 tokens waste most of a chunk of 64
     if arch == "sm_90" and itemsize == 2 and 64 <= T and 32 <= length and B * T < 2**31 and K % 8 == V % 8 == 0:
         if _HAS_HOPPER:
-            BK, BV = max(BK, 64), max(BV, 64)
+            BK, BV = max(BK, 64), cut(max(BV, 64), 64, 2 * SEGMENT - 1 if dual else 4 * SEGMENT)
             return _Config(_hopper_kernel, 64, BK, BV, BV // 16, 4, 2 if BK == BV == 64 else 1, *states)
         warnings.warn("lightning_attn: this Hopper GPU runs the Triton kernel, which takes up to 1.5 times "
                       "as long as the one in Gluon, because that cannot run: found triton "
                       f"{triton.__version__}. It needs: pip install 'triton{_HOPPER}'")
+    BV = cut(BV, 32, 2 * SEGMENT - 1)
 
     def need(C, BV, stages):                                     # tiles in flight, and what passes through shared memory
         return (stages * C * (2 * BK + BV) + C * max(C, 2 * BV)) * itemsize / 1024 + 4
@@ -1663,7 +1673,7 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     K, V, dtype = q.shape[3], v.shape[3], q.dtype
     B, T, HQ, H, n = _batch(q, k, v, g, s0, cu, w), *q.shape[1:3], g.shape[1], 1 if cu is None else cu.shape[1] - 1
     arch, processors = _gpu() or ("sm_90", 132)                  # traced, and never lowered, where there is no GPU
-    config = _config(arch, K, V, dtype, B, T, -(-T // n))
+    config = _config(arch, processors, K, V, dtype, B, H, T, n, w is not None)
     if w is not None and not (config.kernel is _hopper_kernel and max(K, V) <= config.BK == config.BV):
         transposed = dataclasses.replace(op, final_state=False)
         g = g if q.shape[0] == w.shape[0] else jnp.broadcast_to(g, (B, H))                  # each of the two has all rows
@@ -1690,8 +1700,8 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     C, BK, BV = config.C, config.BK, config.BV
     programs = B * H * -(-V // BV)
     room = dtype.itemsize * T * (K + V) // (14 * K * V)          # states that fit in a seventh of the memory of q, k, v and o
-    # as many segments as fill the GPU, of at least 512 tokens: a state must cost less than its tokens
-    segments = max(1, min(processors * config.residents // programs, T // 512, 1 + room))
+    # as many segments as fill the GPU
+    segments = max(1, min(processors * config.residents // programs, T // SEGMENT, 1 + room))
     x, y = (v, k) if swap else (k, v)                            # the operands that states are summed from
     tile = dict(BK=min(_block(x.shape[3]), config.states_BK), BV=min(_block(y.shape[3]), 64))
     tiles = -(-x.shape[3] // tile["BK"]) * -(-y.shape[3] // tile["BV"])

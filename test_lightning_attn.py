@@ -427,8 +427,9 @@ if HAS_TRITON and not HAS_GPU:
     teach_the_interpreter_bfloat16()
     INTERPRETED["interpreter"] = interpreted(lambda arch, *shape: la._config("sm_80", *shape), True)
     if la._HAS_HOPPER:
-        INTERPRETED["gluon"] = interpreted(lambda arch, K, V, dtype, B, T, length: la._config(
-            "sm_90", -(-K // 8) * 8, -(-V // 8) * 8, np.dtype("float16"), B, T if T == 1 else max(T, 64), max(length, 64)), False)
+        # one processor, for which no short sequence's values are cut: tiles stay as large as those of long sequences
+        INTERPRETED["gluon"] = interpreted(lambda arch, processors, K, V, dtype, B, H, T, n, dual: la._config(
+            "sm_90", 1, -(-K // 8) * 8, -(-V // 8) * 8, np.dtype("float16"), B, H, T if T == 1 else max(T, 64), 1, dual), False)
 
 
 compiled_reference = jax.jit(lightning_attn_reference, static_argnames=("reverse",))
@@ -1334,13 +1335,28 @@ def test_gpus_without_matrix_products_in_triton():
 
 
 @pytest.mark.skipif(not la._HAS_HOPPER, reason="no Gluon kernel in this Triton")
-@pytest.mark.parametrize("T, n, kernel, C", [
-    (8192, 1, "_hopper_kernel", 64), (8192, 256, "_hopper_kernel", 64), (8192, 1024, "_scan_kernel", 16), (63, 1, "_scan_kernel", 64)])
-def test_short_sequences_take_short_chunks(T, n, kernel, C):
-    x = jax.ShapeDtypeStruct((1, T, 2, 128), "bfloat16")
-    cu = jax.ShapeDtypeStruct((n + 1,), "int32")
-    found = launches("sm_90", lambda x, cu: lightning_attn(x, x, x, 1, 4, cu_seqlens=cu if n > 1 else None, backend="triton"), x, cu)
-    assert (kernel, C) in [(k.__name__, arguments.get("C")) for k, _, arguments, _ in found]
+@pytest.mark.parametrize("dtype, H, T, n, forward, backward", [
+    ("bfloat16", 2, 8192, 1, "_hopper_kernel 64 128", "_hopper_kernel 64 128 dual"),
+    ("bfloat16", 2, 8192, 256, "_hopper_kernel 64 128", "_hopper_kernel 64 128 dual"),
+    ("bfloat16", 2, 8192, 1024, "_scan_kernel 16 128", "_scan_kernel 16 128"),
+    ("bfloat16", 100, 63, 1, "_scan_kernel 64 128", "_scan_kernel 64 128"),
+    ("bfloat16", 2, 1023, 1, "_hopper_kernel 64 64", "_hopper_kernel 64 64"),
+    ("bfloat16", 66, 2048, 1, "_hopper_kernel 64 64", "_hopper_kernel 64 128 dual"),
+    ("bfloat16", 67, 2048, 1, "_hopper_kernel 64 128", "_hopper_kernel 64 128 dual"),
+    ("bfloat16", 8, 1023, 16, "_hopper_kernel 64 128", "_hopper_kernel 64 128 dual"),
+    ("float32", 33, 512, 1, "_scan_kernel 32 32", "_scan_kernel 32 32"),
+    ("float32", 34, 512, 1, "_scan_kernel 32 64", "_scan_kernel 32 64"),
+    ("float32", 2, 1024, 1, "_scan_kernel 32 128", "_scan_kernel 32 128")])
+def test_short_sequences_take_short_chunks_and_few_values(dtype, H, T, n, forward, backward):
+    """The kernel, its tokens per chunk and its values per program, of the 132 processors of an H100."""
+    x, cu = jax.ShapeDtypeStruct((1, T, H, 128), dtype), jax.ShapeDtypeStruct((n + 1,), "int32")
+    call = lambda x, cu: lightning_attn(x, x, x, 1, 4, cu_seqlens=cu if n > 1 else None, backend="triton")[0].sum()
+    def scans(f):
+        return [" ".join(map(str, (kernel.__name__, a["C"], a["BV"]))) + " dual" * a.get("BOTH", False)
+                for kernel, _, a, _ in launches("sm_90", f, x, cu) if "scan" in kernel.__name__ or "hopper" in kernel.__name__]
+    assert scans(call) == [forward]
+    both = [backward] if "dual" in backward else [backward] * 2
+    assert scans(jax.grad(call)) == [forward, forward, *both]
 
 
 def test_vmap_over_nothing():
@@ -2368,7 +2384,7 @@ def test_compiles_and_fits(arch, dtype):
         sizes = (128,) if dtype == "float16" else (16, 128, 192, 512) if arch in ("sm_80", "sm_90") else (128, 512)
     shapes = [(1, 4096, 2, D) for D in sizes] + [(1, 1, 2, 128)]
     if arch == "sm_90" and dtype != "float16":                   # no argument is 1 here, which would be a constant
-        shapes += [(2, 300, 4, 64)]
+        shapes += [(2, 300, 4, 64), (2, 300, 4, 128)]
     for B, T, H, D in shapes:
         x = jnp.zeros((B, T, H, D), dtype)
         forward = lambda q: lightning_attn(q, x, x, 12, 24, backend="triton")[0].sum()
