@@ -1706,7 +1706,7 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swap=False):
     tile = dict(BK=min(_block(x.shape[3]), config.states_BK), BV=min(_block(y.shape[3]), 64))
     tiles = -(-x.shape[3] // tile["BK"]) * -(-y.shape[3] // tile["BV"])
     # M = 2^i pieces per segment, so that concurrent programs sum the states of a head that never forgets
-    M = max(1, min(8, 3 * processors // (B * segments * tiles), T // (segments * 256), room // max(1, segments - 1)))
+    M = max(1, min(8, 3 * processors // (B * segments * tiles), 2 * T // (segments * SEGMENT), room // max(1, segments - 1)))
     M = 1 << M.bit_length() - 1
     piece = -(-T // (segments * M * C)) * C
     L = piece * M

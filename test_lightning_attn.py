@@ -382,6 +382,7 @@ def interpreted(config, shares_memory):
     module.jax_triton = types.SimpleNamespace(triton_call=triton_call, TensorDescriptor=la.jax_triton.TensorDescriptor)
     module._in_place = lambda call, arrays, in_place: call(*arrays, in_place=in_place)
     module._gpu = lambda: ("sm_90", 132)                          # which the interpreters stand for
+    module.SEGMENT = 96                                          # short sequences have segments: interpreters are slow
     module._config = lambda *a: dataclasses.replace(c := config(*a), kernel=getattr(module, c.kernel.fn.__name__))
     for name, f in list(vars(module).items()):                   # what kernels call need not patch the language again, nor for good
         if isinstance(f, interpreter.InterpretedFunction) and not name.endswith("_kernel"):
@@ -608,7 +609,9 @@ def test_16_bit(path, reverse, dtype):
 def test_accuracy_at_4096_tokens(path, dtype):
     B, T, H, K = 1, 4096, 2, 64
     if path in INTERPRETED or path == "xla" and dtype != "float32":
-        T = 1024                                                 # interpreters take seconds for each; plain JAX adds in float32, whatever it is given
+        T = 512                                                  # interpreters take seconds for each; plain JAX adds in float32, whatever it is given
+    elif path == "xla" and not HAS_GPU:
+        T = 2048
     compare(path, *inputs(3, B, T, H, H, K, K, dtype))
 
 
@@ -651,17 +654,19 @@ def test_scale(path, scale):
 @each_path
 @pytest.mark.parametrize("cu, reverse", [(None, False), ([0, 1350, 1360, 1560], True)])
 def test_many_segments(path, reverse, cu):
-    """Long sequences are cut in segments, 3 of these 1600 tokens, for heads that forget nothing, something and everything."""
+    """Long sequences are cut in segments, 3 of these tokens, for heads that forget nothing, something and everything."""
     LAUNCHED.clear()
-    compare(path, *inputs(7, 1, 1600, 3, 1, 16, 24, n=cu and 3), g=[0.0, -0.01, -3.0], reverse=reverse, cu=cu)
+    T, cu = (1600, cu) if path == "gpu" else (380, cu and [0, 300, 310, 370])
+    compare(path, *inputs(7, 1, T, 3, 1, 16, 24, n=cu and 3), g=[0.0, -0.01, -3.0], reverse=reverse, cu=cu)
     if path in INTERPRETED:                                      # 2 segments that another one follows, of 2 pieces, 3 heads
         assert {("_states_kernel", 12), ("_link_kernel", 3 if cu is None else 6)} < LAUNCHED
 
 
 @each_path
-def test_segments_with_states_of_several_tiles(path):
+def test_segments_with_states_of_several_tiles(path, monkeypatch):
     LAUNCHED.clear()
-    q, k, v, s0, do, ds = inputs(7, 1, 1100, 2, 1, 136, 72)
+    monkeypatch.setattr(INTERPRETED.get(path, la), "SEGMENT", 160)
+    q, k, v, s0, do, ds = inputs(7, 1, 330, 2, 1, 136, 72)
     if path == "interpreter":                                    # takes a minute for the gradients, which the others compare
         g = jnp.array([0.0, -0.01])
         with jax.default_matmul_precision("highest"):
@@ -682,9 +687,10 @@ def test_segments_in_pieces(path, reverse, cu, precise, monkeypatch):
     arch, _ = module._gpu()
     LAUNCHED.clear()
     monkeypatch.setattr(module, "_gpu", lambda: (arch, 9 if path == "interpreter" else 5))
-    q, k, v, s0, *_ = inputs(7, 1, 3200, 3, 3, 16, 8, n=cu and 3)
+    T, cu = (3200, cu) if path == "gpu" else (760, cu and [0, 5, 600, 750])
+    q, k, v, s0, *_ = inputs(7, 1, T, 3, 3, 16, 8, n=cu and 3)
     jax.clear_caches()
-    got, want = (attend(p, q, k, v, g_gamma=jnp.array([0.0, -0.2, -3.0 if reverse else -0.002]), initial_state=s0, reverse=reverse,
+    got, want = (attend(p, q, k, v, g_gamma=jnp.array([0.0, -0.2 if path == "gpu" else -1.0, -3.0 if reverse else -0.002]), initial_state=s0, reverse=reverse,
                         cu_seqlens=None if cu is None else jnp.array(cu)) for p in (path, "xla"))
     close(got, want, 1e-5)
     if path in INTERPRETED:
@@ -839,9 +845,10 @@ def test_vmap(path, precise, mapped):
 
 
 @each_path
-@pytest.mark.parametrize("mapped, T", [("q s0", 1100), ("k v g", 1), ("k", 70), ("v", 70)])
+@pytest.mark.parametrize("mapped, T", [("q s0", "segments"), ("k v g", 1), ("k", 70), ("v", 70)])
 def test_rows_that_vmap_does_not_map_are_shared(path, precise, mapped, T):
     """The cotangent of a sum is not mapped, so of the operands of its gradients only one may be."""
+    T = T if T != "segments" else 1100 if path == "gpu" else 200
     q, k, v, s0, _, _ = inputs(22, 3, T, 1, 1, 8, 8)
     args = dict(q=q, k=k, v=v, s0=s0, g=-jnp.arange(3.0)[:, None] / 500)
     axes = {n: 0 if n in mapped.split() else None for n in args}
@@ -1511,7 +1518,7 @@ print(float(jax.jit(jax.grad(lambda x: lightning_attn(x, x, x, 1, 4)[0].sum()))(
 
 # What was tried to break it -----------------------------------------------------------------------------------------------------
 
-EXAMPLES = {"xla": 6, "interpreter": 3, "gluon": 4, "gpu": 5}
+EXAMPLES = {"xla": 4, "interpreter": 2, "gluon": 3, "gpu": 5}
 ROUNDING = {"float32": 3e-5, "bfloat16": 1.5e-2, "float16": 2e-3}
 
 
@@ -1947,9 +1954,13 @@ WAYS = {
     "shard_map-tokens-of-explicit": by_shard_map(tokens="a", others="b", kind=EXPLICIT)}
 
 
+# On a CPU the other ways cover these: a jit over rows and heads, and a scan, which loops as these loops do.
+GPU_WAYS = "jit-rows", "jit-explicit-rows", "fori-loop", "cond"
+
+
 @pytest.mark.skipif(not (HAS_DEVICES or HAS_GPU), reason=DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way for way in WAYS if HAS_GPU or way not in GPU_WAYS])
 def test_ways_of_calling(way, kind, precise, monkeypatch):
     monkeypatch.setattr(la, "GROUP", 128)                        # tokens that plain JAX unrolls: less to compile
     made, want = case(kind)
@@ -2166,8 +2177,8 @@ def test_packed_sharded_by_heads(precise):
 
 @eight_cpus
 @pytest.mark.parametrize("path, shape, axes, reverse, check", [
-    *[("xla", *mesh, reverse, check) for mesh in [((8,), (None, "a", None)), ((2, 2, 2), ("a", "b", "c"))]
-      for reverse in (False, True) for check in (True, False)],
+    *[("xla", *mesh, reverse, reverse == check) for mesh, check in [(((8,), (None, "a", None)), True), (((2, 2, 2), ("a", "b", "c")), False)]
+      for reverse in (False, True)],
     ("xla", (4,), ("a", None, None), False, True),
     pytest.param("interpreter", (2, 2), (None, "a", "b"), True, True, marks=pytest.mark.skipif(not HAS_TRITON, reason="no Triton"))])
 def test_shard_map(precise, shape, axes, reverse, check, path):
@@ -2368,8 +2379,9 @@ def test_offsets_past_2_31(arch, T):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+@pytest.mark.parametrize("arch, dtype", [
+    *itertools.product(["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"], ["bfloat16", "float32"]),
+    ("sm_80", "float16"), ("sm_90", "float16")])
 def test_compiles_and_fits(arch, dtype):
     """Each configuration that can be chosen: long sequences, with their gradients for one head dim, and a decode step."""
     import triton
