@@ -1448,7 +1448,7 @@ def test_triton_without_gluon_for_hopper(monkeypatch):
     monkeypatch.delattr(la.hopper.tma, "async_load")
     other = load("lightning_attn_3_7")
     with pytest.warns(UserWarning) as caught:
-        config = other._config("sm_90", 128, 128, np.dtype("float16"), 1, 4096, 4096)
+        config = other._config("sm_90", 132, 128, 128, np.dtype("float16"), 1, 8, 4096, 1, False)
     assert config.kernel is other._scan_kernel
     said, = (str(w.message) for w in caught)
     assert "triton" + la._HOPPER in said and f"found triton {la.triton.__version__}" in said
@@ -2411,7 +2411,8 @@ def test_compiles_and_fits(arch, dtype):
             table[key] = shared, spilled = build(*launch, arch)
             assert shared <= la._SHARED_MEMORY[arch] * 1024, (key, shared)
             # two scans at once for head dims of 64 use all registers, parts of the keys want more; each ptxas finds another number
-            few = 44 if arguments.get("BOTH") and D == 64 else 512 if D > 128 else 0
+            half = arguments.get("BV") == 64 and D == 128         # of the values of a short sequence
+            few = 44 if arguments.get("BOTH") and D == 64 or half else 512 if D > 128 else 0
             counted = kernel.is_gluon() and la._fits(triton.__version__, ">=3.9")             # 3.8 spills 120 bytes for two scans
             assert not counted or spilled <= few, (key, spilled)
     assert len(table) >= 4
