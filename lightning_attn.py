@@ -1,42 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The lightning-attn-jax authors
 #
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in
-# compliance with the License. You may obtain a copy of the License at
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except
+# in compliance with the License. You may obtain a copy of the License at
 #
 #     http://www.apache.org/licenses/LICENSE-2.0
 #
-# Unless required by applicable law or agreed to in writing, software distributed under the License is
-# distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and limitations under the License.
-"""Lightning attention for JAX: linear attention with a fixed decay per head. Triton and Gluon kernels for GPUs, plain JAX elsewhere.
+# Unless required by applicable law or agreed to in writing, software distributed under the License
+# is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express
+# or implied. See the License for the specific language governing permissions and limitations under
+# the License.
+"""Lightning attention for JAX: linear attention with a fixed decay per head.
 
-For one sequence and one head, with log decay g <= 0 and scale s, a state S of shape [K, V] is carried along the tokens:
+For one sequence and one head, with log decay g <= 0 and scale c, a state S [K, V] is carried along
+the tokens:
 
-    S_t = e^g S_{t-1} + k_t v_t^T              o_t = s q_t S_t
+    S_t = e^g S_{t-1} + k_t v_t^T              o_t = c q_t S_t
 
-TransNormerLLM (arXiv:2307.14995) introduced it, Lightning Attention-2 (arXiv:2401.04658) computes it in chunks and MiniMax-01
-(arXiv:2501.08313) trained it at scale. Time grows linearly with the sequence length; the state is all that is remembered.
+TransNormerLLM (arXiv:2307.14995) introduced it, Lightning Attention-2 (arXiv:2401.04658) computes
+it in chunks, and MiniMax-01 (arXiv:2501.08313) trained it at scale. Time grows linearly with the
+sequence length. The state is all that is remembered.
 
-Copy this file; nothing else is needed. It needs jax and numpy; on NVIDIA and AMD GPUs also `jax-triton` and `triton`.
+Copy this file; nothing else is needed. It needs jax and numpy, and on NVIDIA and AMD GPUs
+`jax-triton` and `triton` too. Everywhere else it runs in plain JAX.
 
-Glossary (kernels and formulas share these letters)
-    B, T          batch rows; tokens of a batch row
-    H, h          number of heads; index of a head
-    K, V          head dims: of queries and keys; of values
-    n             sequences of a batch row: 1 unless packed
+The file in order: the API; what it computes, in plain JAX; its gradients; packs; how it is fast
+(kernels, their plan, their launch); how it composes with vmap, sharding and many devices; checks.
+
+Glossary
+  arrays
     q, k, v, o    queries, keys, values, outputs
-    g, gm         log decay of a head: in nats (`g_gamma`); in bits
-    S             state [K, V]; the kernels hold S^T [V, K]
-    s0, s         initial and final states of the sequences
-    C             tokens per chunk, which is one step of a loop
-    L, R          tokens per segment (or piece), which is one program; number of them
-    M             pieces per segment
-    z, Z          states that pieces leave behind; number of them
-    P, D          scores q_i.k_j; their decays
-    dq, dk, dS    in kernels, factors for reading the state, adding a key, carrying the state over a chunk; elsewhere, gradients
+    g, gm         log decay of a head per token: in nats (`g_gamma`); in bits
+    S             state [K, V]; kernels hold S^T [V, K]
+    s0, s         initial and final states of sequences
     w, y          queries that read S^T; what they read
-    rank i, j     position of a token in its chunk, counted in scan direction
+    P, D          scores q_i.k_j of a chunk; their decays
+    eq, ek, eS    decays in a chunk: of what queries read of S, of what keys add to S, of S
+    dx            the gradient of x, and nothing else
+    cu            boundaries of packed sequences, `cu_seqlens`
+  lengths
+    B, T          batch rows; tokens of a batch row
+    H, h          heads of decays and outputs; one of them
+    K, V          head dims: of queries and keys; of values
+    BK, BV        columns of K and of V that one program handles
+    C             tokens per chunk, which is one step of a loop
+    segment       tokens that one program scans
+    piece         a part of a segment; the state of each is summed by a program of its own
+  places
+    n             sequences of a batch row, which is 1 unless packed; in loops, a chunk
+    rank i, j     place of a token in its chunk, counted in scan direction
 """
 
 from __future__ import annotations
@@ -63,27 +75,19 @@ __version__ = "0.1.0"
 
 # The plain-JAX path needs the first range, the kernels need the others.
 _JAX = ">=0.10.2"
-_KERNELS = {
-    "jax": ">=0.11.1,<0.13",
-    "jax-triton": ">=0.4.1,<0.5",
-    "triton": ">=3.7,<3.10",
-}
+_KERNELS = {"jax": ">=0.11.1,<0.13", "jax-triton": ">=0.4.1,<0.5", "triton": ">=3.7,<3.10"}
 _HOPPER = ">=3.8,<3.10"  # the Triton of `_hopper_kernel`
-_INSTALL = "pip install " + " ".join(
-    f"'{name}{versions}'" for name, versions in _KERNELS.items()
-)
+_INSTALL = "pip install " + " ".join(f"'{name}{versions}'" for name, versions in _KERNELS.items())
 
 
 def _fits(found, versions):
-    """Whether the version `found` lies in `versions`: ">=a" or ">=a,<b". Only leading numbers count."""
+    """Whether the version `found` lies in `versions`, ">=a" or ">=a,<b". Leading numbers count."""
 
     def numbers(text):
         return tuple(int(n) for n in text.split(".")[:3] if n.isdigit())
 
     low, _, high = versions.removeprefix(">=").partition(",<")
-    return numbers(low) <= numbers(found) and (
-        not high or numbers(found) < numbers(high)
-    )
+    return numbers(low) <= numbers(found) and (not high or numbers(found) < numbers(high))
 
 
 if not _fits(jax.__version__, _JAX):
@@ -99,16 +103,11 @@ try:
 except Exception as error:
     triton = None
     # macOS and TPU hosts have no Triton. Plain JAX is all there is, and no warning is due.
-    absent = isinstance(error, ModuleNotFoundError) and error.name in (
-        "jax_triton",
-        "triton",
-    )
+    absent = isinstance(error, ModuleNotFoundError) and error.name in ("jax_triton", "triton")
     if not absent:
         _unfit = f"importing jax_triton failed with {type(error).__name__}: {error}"
 else:
-    _found = dict(
-        zip(_KERNELS, (jax.__version__, jax_triton.__version__, triton.__version__))
-    )
+    _found = dict(zip(_KERNELS, (jax.__version__, jax_triton.__version__, triton.__version__)))
     if all(_fits(_found[name], versions) for name, versions in _KERNELS.items()):
         from triton.experimental import gluon
         from triton.experimental.gluon import language as gl
@@ -121,17 +120,13 @@ else:
             )
     else:
         triton = None
-        _unfit = "found " + ", ".join(
-            f"{name} {version}" for name, version in _found.items()
-        )
+        _unfit = "found " + ", ".join(f"{name} {version}" for name, version in _found.items())
 if _unfit:
     warnings.warn(
         "lightning_attn: GPUs take the plain-JAX path, which is many times slower, because "
         f"the kernels cannot run: {_unfit}. They need: {_INSTALL}"
     )
-_HAS_HOPPER = triton is not None and hasattr(
-    hopper.tma, "async_load"
-)  # Triton 3.7 lacks it
+_HAS_HOPPER = triton is not None and hasattr(hopper.tma, "async_load")  # Triton 3.7 lacks it
 
 __all__ = ["lightning_attn", "lightning_attn_reference", "lightning_g_gamma"]
 
@@ -162,7 +157,7 @@ def _promotes(f: _F) -> _F:
     return cast(_F, promotes)
 
 
-# The API ------------------------------------------------------------------------------------------------------------------------
+# The API -----------------------------------------------------------------------------------------
 
 
 @_promotes
@@ -182,124 +177,88 @@ def lightning_attn(
     seq_axis: str | tuple[str, ...] | None = None,
     output_final_state: bool = True,
 ) -> tuple[jax.Array, jax.Array | Any]:  # Any: None where that is False
-    """Lightning attention (arXiv:2307.14995, 2401.04658, 2501.08313): o_t = scale q_t S_t, S_t = e^g S_{t-1} + k_t v_t^T.
+    """Lightning attention: o_t = scale q_t S_t, where S_t = e^g S_{t-1} + k_t v_t^T.
 
-    Works under jit, grad (to any order), vmap, scan, remat, export and sharding. Differentiable with respect to `query`, `key`,
-    `value`, `initial_state` and `g_gamma`; both results may carry gradients. Derivatives are reverse mode only: `jax.jvp` and
-    `jax.jacfwd` raise. `jax.export` of symbolic shapes takes backend="xla" and a symbolic `seq_len` that is known to be 64 or more;
-    the batch may be symbolic as well. A jit over sharded arrays cannot be exported, because JAX cannot serialize its partitioning:
-    export a `jax.shard_map` instead.
+    See arXiv:2307.14995, arXiv:2401.04658 and arXiv:2501.08313. Works under jit, grad (to any
+    order), vmap, scan, remat, export and sharding. Differentiable with respect to `query`, `key`,
+    `value`, `initial_state` and `g_gamma`; both results may carry gradients. Derivatives are
+    reverse mode only: `jax.jvp` and `jax.jacfwd` raise.
+
+    `jax.export` of symbolic shapes takes backend="xla" and a symbolic `seq_len` that is known to be
+    64 or more; the batch may be symbolic too. A jit over sharded arrays cannot be exported, because
+    JAX cannot serialize its partitioning: export a `jax.shard_map` instead.
 
     Args:
-      query: [batch, seq_len, num_heads, qk_head_dim], float32, bfloat16 or float16 (float64 in x64 mode: plain JAX everywhere).
-        Head dims are 1 to 512, `seq_len` is 0 to 2**30.
-      key: [batch, seq_len, num_kv_heads, qk_head_dim], in the dtype of `query`. `num_kv_heads` divides `num_heads`; query head h
-        reads key and value head h // (num_heads / num_kv_heads).
+      query: [batch, seq_len, num_heads, qk_head_dim], float32, bfloat16 or float16 (in x64 mode
+        also float64, which takes plain JAX everywhere). Head dims are 1 to 512, `seq_len` is 0 to
+        2**30.
+      key: [batch, seq_len, num_kv_heads, qk_head_dim], in the dtype of `query`. `num_kv_heads`
+        divides `num_heads`; query head h reads key and value head
+        h // (num_heads / num_kv_heads).
       value: [batch, seq_len, num_kv_heads, v_head_dim], in the dtype of `query`.
-      layer_idx, num_layers: integers, possibly traced: the layer, from 0, and the number of layers. They give head h the log decay
-        g = -(8 / num_heads) (1 - layer_idx / num_layers) h. Leave both out to give `g_gamma` instead. Values that are traced, or on
-        a device while something is traced, cannot be checked: no head forgets in a layer from `num_layers` on. Inside a
-        `jax.shard_map` that splits the heads the formula would number each device's heads from 0, which is wrong and cannot be seen
-        from inside: there, give each device its part of `lightning_g_gamma(num_heads of all devices, ...)` as `g_gamma`.
-      softmax_scale: scale of the outputs, 0 or a normal number of float32; None means qk_head_dim ** -0.5. A number is a constant of
-        the compiled program: another number compiles another program. A traced scale multiplies `query`, in its dtype, and is
-        not checked.
-      initial_state: [n, num_heads, qk_head_dim, v_head_dim], floating: the states that the sequences start from. n is the batch or
-        the number of packed sequences. None means zeros.
-      reverse: a static bool. True runs from the last token to the first: `initial_state` enters at the end, `final_state` is left at the start.
-      cu_seqlens: [num_seqs + 1] integers, concrete or traced: boundaries of sequences packed in a batch of 1, from 0 up. Equal
-        neighbours are an empty sequence. Tokens past the last boundary belong to none: their outputs and gradients are 0,
-        whatever they hold. A traced `cu_seqlens` cannot be checked: a sequence that runs backwards, outside of the tokens or into
-        an earlier one counts as empty.
-      g_gamma: [num_heads], log decay in nats for each token, <= 0, possibly traced. What is above 0 raises where the values are at
-        hand. Elsewhere it counts as 0, and its gradient is 0.
-      backend: None picks when the computation is lowered: Triton for cuda and rocm, plain JAX for anything else. "triton" and
-        "xla" force one. GPUs older than sm_80 take plain JAX.
-      seq_axis: name of a `jax.shard_map` mesh axis, or a tuple of names, over which `seq_len` is split evenly, in order: one
-        sequence on many devices. Only states cross it, never tokens; `initial_state` and `final_state` are those of the whole
-        sequence.
-      output_final_state: a static bool. False returns None for the final state, and no kernel writes one.
+      layer_idx, num_layers: integers, possibly traced: the layer, counted from 0, and the number of
+        layers. Head h gets the log decay g = -(8 / num_heads) (1 - layer_idx / num_layers) h. Leave
+        both out to give `g_gamma` instead. Values that are traced, or on a device while something
+        is traced, cannot be checked: no head forgets in a layer from `num_layers` on. Inside a
+        `jax.shard_map` that splits the heads, the formula would number each device's heads from 0,
+        which is wrong and cannot be seen from inside: there, give each device its part of
+        `lightning_g_gamma(num_heads of all devices, ...)` as `g_gamma`.
+      softmax_scale: scale of the outputs, 0 or a normal number of float32; None means
+        qk_head_dim ** -0.5. A number is a constant of the compiled program: another number compiles
+        another program. A traced scale multiplies `query`, in its dtype, and is not checked.
+      initial_state: [n, num_heads, qk_head_dim, v_head_dim], floating: the states that the
+        sequences start from. n is the batch or the number of packed sequences. None means zeros.
+      reverse: a static bool. True runs from the last token to the first: `initial_state` enters at
+        the end, and `final_state` is left at the start.
+      cu_seqlens: [num_seqs + 1] integers, concrete or traced: boundaries, from 0 up, of sequences
+        that are packed in a batch of 1. Equal neighbours are an empty sequence. Tokens past the
+        last boundary belong to no sequence: their outputs and gradients are 0, whatever they hold.
+        A traced `cu_seqlens` cannot be checked: a sequence that runs backwards, outside of the
+        tokens or into an earlier sequence counts as empty.
+      g_gamma: [num_heads], log decay per token in nats, <= 0, possibly traced. Values above 0 raise
+        where they are at hand. Elsewhere they count as 0, and their gradient is 0.
+      backend: None picks when the computation is lowered: Triton for cuda and rocm, plain JAX for
+        everything else. "triton" and "xla" force one. GPUs older than sm_80 take plain JAX.
+      seq_axis: name of a `jax.shard_map` mesh axis, or a tuple of names, over which `seq_len` is
+        split evenly, in order: one sequence on many devices. Only states cross it, never tokens.
+        `initial_state` and `final_state` are those of the whole sequence.
+      output_final_state: a static bool. False returns None for the final state, and no kernel
+        writes a final state.
 
     Returns:
-      output: [batch, seq_len, num_heads, v_head_dim] in the dtype of `query`.
-      final_state: [n, num_heads, qk_head_dim, v_head_dim], float32 (float64 for float64 inputs). In a decode step, seq_len 1 with
-        an `initial_state` that the caller donates or carries through a loop, it takes the memory of that state.
+      output: [batch, seq_len, num_heads, v_head_dim], in the dtype of `query`.
+      final_state: [n, num_heads, qk_head_dim, v_head_dim], float32 (float64 for float64 inputs). In
+        a decode step, seq_len 1 with an `initial_state` that the caller donates or carries through
+        a loop, it takes the memory of that state.
 
-    Accuracy: states, decays and sums are float32. float32 inputs follow `jax.default_matmul_precision`: TF32 by default on GPUs,
-    float32 for "high" and "highest". Gradients have the dtype of what they are gradients of. The gradient of `g_gamma` is float32 throughout. Its
-    error for each head, relative to its value or, where its terms cancel, to the root of the sum of their squares, is at most 2e-3
-    for float32 at "highest", and 1e-2 for 16 bits and TF32. It takes a scan in plain JAX on any backend, and nothing where nobody
-    differentiates `g_gamma`. float16 states and scaled scores, q_i.k_j times `softmax_scale`, round to float16 where they are
+    Accuracy: states, decays and sums are float32. float32 inputs follow
+    `jax.default_matmul_precision`: TF32 by default on GPUs, float32 for "high" and "highest".
+    Gradients have the dtype of their argument. The gradient of `g_gamma` is float32 throughout. Its
+    error for each head, relative to its value or, where its terms cancel, to the root of the sum of
+    their squares, is at most 2e-3 for float32 at "highest", and 1e-2 for 16 bits and TF32. It takes
+    a scan in plain JAX on any backend, and nothing where nobody differentiates `g_gamma`. float16
+    states and scaled scores, q_i.k_j times `softmax_scale`, round to float16 where they are
     multiplied, and overflow there past 65504.
 
     Raises:
-      TypeError, ValueError: naming the argument, what was expected and what came, before anything runs.
+      TypeError, ValueError: before anything runs. The message names the argument, what was expected
+        and what came.
     """
-    q, k, v, g, scale, s0, cu = _check(
-        query,
-        key,
-        value,
-        layer_idx,
-        num_layers,
-        softmax_scale,
-        initial_state,
-        reverse,
-        cu_seqlens,
-        g_gamma,
-    )
-    if not (
-        backend is None or isinstance(backend, str) and backend in ("triton", "xla")
-    ):
-        raise ValueError(f'backend: expected None, "triton" or "xla", got {backend!r}')
-    if backend == "triton" and triton is None:
-        raise ValueError(
-            'backend="triton" needs jax-triton and triton, which cannot be used here: '
-            f"{_unfit or 'not installed'}. They need Linux, Python >= 3.12 and: {_INSTALL}"
-        )
-    arch = _gpu()[0] if _gpu() else None
-    # Triton has no matrix products for GPUs before sm_80: its code spills there, and wants twice their shared memory.
-    old = arch is not None and arch.startswith("sm_") and int(arch[3:]) < 80
-    if backend == "triton" and (arch is None or old):
-        raise ValueError(
-            'backend: expected None or "xla" where there is no GPU for the kernels (NVIDIA from sm_80 on, AMD), '
-            f'got "triton" and {arch or jax.default_backend()}'
-        )
-    if triton is None or q.dtype == jnp.float64 or old:
-        backend = "xla"
-    if backend != "xla" and not all(
-        isinstance(d, int) for x in (q, cu) if x is not None for d in x.shape
-    ):
-        raise ValueError(
-            'backend: expected "xla" for symbolic shapes (jax.export), because kernels are launched for shapes '
-            f"that are numbers, got {backend!r}"
-        )
-    if seq_axis is not None and cu is not None:
-        raise ValueError(
-            "seq_axis: expected None with cu_seqlens, because a pack cannot be cut inside its sequences; got "
-            f"{seq_axis!r}. Give each device whole sequences instead: a pack of its own in shard_map"
-        )
-    if seq_axis is not None:
-        axes = seq_axis if isinstance(seq_axis, tuple) else (seq_axis,)
-        if not (axes and all(isinstance(name, str) for name in axes)):
-            raise TypeError(
-                f"seq_axis: expected the name of an axis of a shard_map around this call, got {seq_axis!r}"
-            )
-        if not set(axes) <= set(jax.sharding.get_abstract_mesh().manual_axes):
-            raise ValueError(
-                f"seq_axis: expected an axis of a shard_map around this call, got {seq_axis!r}"
-            )
+    q, k, v = _operands(query, key, value)
+    g = _log_decays(q, layer_idx, num_layers, g_gamma)
+    q, scale = _scaled(q, softmax_scale)
+    cu = _boundaries(cu_seqlens, q)
+    s0 = _initial_state(initial_state, q, v, cu)
+    _static("reverse", reverse)
     _static("output_final_state", output_final_state)
-    op = _Op(
-        scale,
-        bool(reverse),
-        False,
-        backend,
-        jax.config.jax_default_matmul_precision,
-        final_state=bool(output_final_state),
-    )
+    backend = _backend(backend, q, cu)
+    axes = _axes(seq_axis, cu)
+    precision = jax.config.jax_default_matmul_precision
+    final_state = bool(output_final_state)
+    op = _Op(scale, bool(reverse), False, backend, precision, final_state=final_state)
     s0 = None if s0 is None else s0[:, None] if cu is None else s0[None]
     g, cu = g[None], None if cu is None else cu[None]
-    if seq_axis is None:
+    if axes is None:
         o, s = _attend(op, *_vary((q, k, v, g, s0, cu), q, k, v, g, s0, cu))
     else:
         q, k, v = _vary((q, k, v), q, k, v)
@@ -321,24 +280,16 @@ def lightning_attn_reference(
     *,
     g_gamma: Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The recurrence, one token at a time, in plain JAX. Arguments and results are those of `lightning_attn`, less the last three."""
-    q, k, v, g, scale, s, cu = _check(
-        query,
-        key,
-        value,
-        layer_idx,
-        num_layers,
-        softmax_scale,
-        initial_state,
-        reverse,
-        cu_seqlens,
-        g_gamma,
-    )
-    (B, T, H, K), V, dtype = (
-        q.shape,
-        v.shape[-1],
-        jnp.promote_types(q.dtype, jnp.float32),
-    )
+    """The recurrence, one token at a time, in plain JAX.
+
+    Arguments and results are those of `lightning_attn`, less the last three."""
+    q, k, v = _operands(query, key, value)
+    g = _log_decays(q, layer_idx, num_layers, g_gamma)
+    q, scale = _scaled(q, softmax_scale)
+    cu = _boundaries(cu_seqlens, q)
+    s = _initial_state(initial_state, q, v, cu)
+    _static("reverse", reverse)
+    (B, T, H, K), V, dtype = q.shape, v.shape[3], g.dtype
     n = B if cu is None else cu.shape[0] - 1
     s = jnp.zeros((n, H, K, V), dtype) if s is None else s
     k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
@@ -346,29 +297,21 @@ def lightning_attn_reference(
     member = jnp.ones((T, B), bool)  # [T, n]
     if cu is not None:
         bounds, is_sequence = _intervals(T, cu)
-        member = (
-            is_sequence[1:-1]
-            & (bounds[1:-2] <= token[:, None])
-            & (token[:, None] < bounds[2:-1])
-        )
+        start, end = bounds[1:-2], bounds[2:-1]
+        member = is_sequence[1:-1] & (start <= token[:, None]) & (token[:, None] < end)
 
     def step(s, x):
         q, k, v, member = x  # [B, H, K], [B, H, K], [B, H, V], [n]
         q, k, v = (y.astype(dtype) for y in (q, k, v))
         member = member[:, None, None]
-        s = jnp.where(
-            member[..., None],
-            jnp.exp(g)[:, None, None] * s + k[..., None] * v[..., None, :],
-            s,
-        )
-        o = scale * jnp.einsum(
-            "bhk,bhkv->bhv", jnp.broadcast_to(q, (n, H, K)), s, precision="highest"
-        )
+        entered = jnp.exp(g)[:, None, None] * s + k[..., None] * v[..., None, :]
+        s = jnp.where(member[..., None], entered, s)
+        q = jnp.broadcast_to(q, (n, H, K))
+        o = scale * jnp.einsum("bhk,bhkv->bhv", q, s, precision="highest")
         return s, o if cu is None else jnp.where(member, o, 0).sum(0, keepdims=True)
 
-    s, o = lax.scan(
-        step, s, (*(jnp.moveaxis(x, 1, 0) for x in (q, k, v)), member), reverse=reverse
-    )
+    by_token = (jnp.moveaxis(x, 1, 0) for x in (q, k, v))
+    s, o = lax.scan(step, s, (*by_token, member), reverse=reverse)
     return jnp.moveaxis(o, 0, 1).astype(q.dtype), s
 
 
@@ -385,37 +328,36 @@ def lightning_g_gamma(
     traced. They are checked as `lightning_attn` checks them.
     """
     if type(num_heads) is not int or num_heads < 1:
-        raise ValueError(
-            f"num_heads: expected an integer of at least 1, got {num_heads!r}"
-        )
+        raise ValueError(f"num_heads: expected an integer of at least 1, got {num_heads!r}")
     layer_idx, num_layers = _layer(layer_idx, num_layers)
     slopes = -8 / num_heads * np.arange(num_heads)
     if isinstance(layer_idx, int) and isinstance(num_layers, int):
         return jnp.asarray((1 - layer_idx / num_layers) * slopes, dtype)
-    layer_idx, num_layers = (
-        jnp.asarray(x).astype(dtype) for x in (layer_idx, num_layers)
-    )
+    layer_idx, num_layers = (jnp.asarray(x).astype(dtype) for x in (layer_idx, num_layers))
     return (1 - layer_idx / num_layers) * jnp.asarray(slopes, dtype)
 
 
-# What it computes: the scan in plain JAX -----------------------------------------------------------
+# What it computes: the scan in plain JAX ----------------------------------------------------------
+#
+# Internally every batch row is a pack of n sequences; a row of a plain batch is a pack of one. The
+# op is a scan over them:
+#
+#     _scan(op, q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], g [B, H],
+#           s0 [B, n, H, K, V] | None, cu [B, n + 1] | None, w [B, T, Hw, V] | None)
+#         -> o [B, T, H, V], s [B, n, H, K, V] | None, y [B, T, H, K] | None
+#
+# An operand may have one row in place of B: then all rows share it. It may have fewer heads than
+# the decay: then groups of heads share them.
+#
+# A forward scan decays the state before it adds a token. Its adjoint runs backwards, and decays the
+# state after the token was read (`post`).
+#
+# The scan works in chunks of C tokens, which are rows of a table (`_Row`). G groups of N chunks are
+# the steps of a `lax.scan`. A group multiplies for all its chunks at once; only states pass from
+# chunk to chunk. Chunks lie in the order of their tokens: a scan that goes back starts with the
+# last one.
 
-#
-#  Internally every batch row is a pack of n sequences; a row of a plain batch is a pack of one. The op is a scan over them:
-#
-#     _scan(op, q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], g [B, H], s0 [B, n, H, K, V] | None, cu [B, n+1] | None)
-#         -> o [B, T, H, V], s [B, n, H, K, V] | None, y | None
-#
-# An operand may have one row in place of B: then all rows share it. It may have fewer heads than the decay: then groups of heads
-# share them. The op is linear in q, k, v and s0, so its gradients are scans as well:
-#
-#     dq = scan(do, v, k, from s0^T)     dk = scan back(v, do, q, from ds^T)     dv = scan back(k, q, do, from ds)     ds0 = its end
-#
-# A forward scan decays the state before it adds a token. Its adjoint runs backwards, and decays the state after the token was read
-# (`post`). It starts from the cotangent of the final state and ends with the cotangent of s0.
-#
-# The scans for dk and dv have the same state, transposed. A scan given w [B, T, Hw, V] also returns y_i = scale S_i w_i [B, T, H, K],
-# so one scan with w = v yields both.
+CHUNK, GROUP = 64, 512  # tokens per chunk, and per group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,6 +374,215 @@ class _Op:
         return dataclasses.replace(self, reverse=not self.reverse, post=not self.post)
 
 
+def _scan_xla(op, q, k, v, g, s0, cu, w=None):
+    """The scan, a group of chunks at a time. With w, y_i = scale S_i w_i as well."""
+    B, T, H = _batch(q, k, v, g, s0, cu, w), q.shape[1], g.shape[1]
+    K, V = q.shape[3], v.shape[3]
+    sequences = 1 if cu is None else cu.shape[1] - 1
+    # XLA would fold decays that it knows into large constants, and be slower
+    g = lax.optimization_barrier(g)
+    packed, wide = cu is not None, g.dtype
+    C, works = _chunks(T, cu, max(K, V))
+    # a product of two 16-bit numbers is exact in float32: more passes would change nothing
+    precision = op.precision if v.dtype == wide else "default"
+
+    def dot(indices, x, y):  # rounds what it multiplies, as the kernels do
+        x, y = x.astype(v.dtype), y.astype(v.dtype)
+        return jnp.einsum(indices, x, y, precision=precision, preferred_element_type=wide)
+
+    scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
+    q, k, v, w = (x if x is None else _whole_groups(x, works, C, packed) for x in (q, k, v, w))
+    far = _distances(op, C)
+    D = jnp.where(far >= 0, op.scale * _power(g, far[None, None, None]), 0)  # [B | 1, 1, H, i, j]
+
+    def outputs(q, k, v, eq, S):
+        """What queries read of the keys and values of their chunk, and of the state before it."""
+        P = dot("bnhik,bnhjk->bnhij", q, k) * D
+        O = dot("bnhij,bnhjv->bnhiv", P, v) + scale_q * eq * dot("bnhik,bnhkv->bnhiv", q, S)
+        return O.swapaxes(2, 3).astype(v.dtype)  # [B, N, C, H, V]
+
+    def group(carry, work):  # [B | 1, N, 7]
+        S, s = carry
+        chunks = _columns(op, work)
+        N, sequence = work.shape[1], chunks.sequence
+        qs, ks, vs, ws = (
+            x if x is None else _load_chunks(x, chunks, C, B, H, packed) for x in (q, k, v, w)
+        )
+        decays = _decays(op, g, chunks.valid, C)
+        Z = dot("bnhjk,bnhjv->bnhkv", ks * (scale_k * decays.ek), vs)
+        before, after = [None] * N, [None] * N
+        # unrolled: a loop would launch a kernel per chunk
+        for n in reversed(range(N)) if op.reverse else range(N):
+            if packed:
+                entering = 0 if s0 is None else _states_of(s0, sequence[:, n])
+                S = jnp.where(chunks.begins[:, n, None, None, None], entering, S)
+            before[n] = S
+            after[n] = S = decays.eS[:, n] * S + Z[:, n]
+        before, after = jnp.stack(before, 1), jnp.stack(after, 1)  # [B, N, H, K, V]
+        if packed:
+            to = jnp.where(chunks.ends & (sequence >= 0), sequence, sequences)
+            to = jnp.broadcast_to(to, (B, N))
+            s = jax.vmap(lambda s, to, S: s.at[to].set(S, mode="drop"))(s, to, after)
+        o = outputs(qs, ks, vs, decays.eq, before)
+        y = None if w is None else outputs(ws, vs, ks, decays.eq, _transposed(before))
+        return (S, s), (o, y)
+
+    def group_or_nothing(carry, work):  # half of a pack's rows may be without work
+        def nothing(carry, work):
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            return carry, _vary(zeros, q, k, v, g, s0, w, works)
+
+        shapes = jax.eval_shape(group, carry, work)[1]
+        return lax.cond((work[..., 1] >= 0).any(), group, nothing, carry, work)
+
+    def by_token(o):
+        o = jnp.moveaxis(o, 0, 1).reshape(B, -1, H, o.shape[-1])  # [B, G N C, H, V]
+        return _from_chunks(o, works, T, C) if packed else o[:, :T]
+
+    S, s = jnp.zeros((B, H, K, V), wide), None
+    if packed:  # every sequence has a chunk that ends it, so no 0 of s remains
+        s = jnp.zeros((B, sequences, H, K, V), wide)
+    elif s0 is not None:
+        S = jnp.broadcast_to(s0[:, 0], S.shape)
+    carry = _vary((S, s), q, k, v, g, s0, works)
+    step = group_or_nothing if packed else group
+    (S, s), (o, y) = lax.scan(step, carry, works, reverse=op.reverse)
+    o = jnp.zeros((B, 0, H, V), v.dtype) if op.only_state else by_token(o)
+    s = s if packed else S[:, None]
+    return o, s if op.final_state else None, None if y is None else by_token(y)
+
+
+class _Chunks(NamedTuple):
+    """The chunks of a group, each [B | 1, N]."""
+
+    first: Any  # token
+    valid: Any  # tokens of a sequence
+    begins: Any  # whether the scan of a sequence begins with the chunk
+    ends: Any
+    sequence: Any  # -1: none
+
+
+class _Decays(NamedTuple):
+    """How chunks decay what queries read of the state and what keys leave in it, as exponents
+    [B | 1, N, 1, C, 1] and as powers [B | 1, N, H, C, 1], and the state itself
+    [B | 1, N, H, 1, 1]."""
+
+    reads: Any
+    leaves: Any
+    eq: Any
+    ek: Any
+    eS: Any
+
+
+def _chunks(T, cu, widest):
+    """C and the work of all groups, [G, B | 1, N, 7]: rows of a table, and of -1 to fill the last
+    group. `widest`: the larger head dim. Chunks of its size cost as much as their states."""
+    if not isinstance(T, int):  # in an export: of a symbolic length little is known
+        C, per_group = CHUNK, 1
+    else:
+        C = CHUNK if widest <= CHUNK else 2 * CHUNK
+        # chunks of equal length leave the fewest tokens to pad
+        per_group, C = GROUP // C, -(-T // -(-T // C))
+    # a sequence that is shorter than a chunk wastes the rest of it
+    if cu is not None:
+        C = min(C, max(16, _block(T // (cu.shape[1] - 1))))
+    table = _tables(T, cu, C, False)
+    G = N = 1
+    if per_group == 1:
+        G = table.shape[1]
+    else:
+        G = -(-table.shape[1] // per_group)
+        N = -(-table.shape[1] // G)
+        rest = G * N - table.shape[1]
+        table = jnp.pad(table, ((0, 0), (0, rest), (0, 0)), constant_values=-1)
+    return C, jnp.moveaxis(table.reshape(-1, G, N, 7), 1, 0)
+
+
+def _columns(op, work):
+    """The `_Chunks` of rows of a table, [B | 1, N, 7]."""
+    row = _Row(*jnp.moveaxis(work, -1, 0))
+    ends = row.before == 0, row.after == 0
+    begins, ends = reversed(ends) if op.reverse else ends
+    return _Chunks(row.first, jnp.maximum(row.valid, 0), begins, ends, row.sequence)
+
+
+def _load_chunks(x, chunks, C, B, H, packed):
+    """Tokens of x [B | 1, T, Hx, D] in chunks as [B, N, H, C, D]: 0 where no sequence has tokens."""
+    (rows, _, Hx, D), N, i = x.shape, chunks.first.shape[1], jnp.arange(C)
+    if packed:
+        x = _rows_at(x, chunks.first[..., None] + i)
+        x = jnp.where((i < chunks.valid[..., None])[..., None, None], x, 0)
+    else:  # padded with zeros to whole groups
+        x = lax.dynamic_slice_in_dim(x, chunks.first[0, 0], N * C, 1)
+        x = x.reshape(rows, N, C, Hx, D)
+    x = jnp.repeat(x.swapaxes(2, 3), H // Hx, axis=2)
+    return jnp.broadcast_to(x, (B, N, H, C, D))
+
+
+def _whole_groups(x, works, C, packed):
+    """x [B, T, ...], padded to the tokens of all groups where chunks are not gathered."""
+    G, _, N, _ = works.shape
+    rest = -x.shape[1] % (N * C) if isinstance(G, int) else -x.shape[1] % C
+    if packed or isinstance(rest, int) and not rest:
+        return x
+    return jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0)))
+
+
+def _from_chunks(o, works, T, C):
+    """Outputs of chunks [B, G N C, H, V] for tokens, [B, T, H, V]: 0 for those of no sequence."""
+    rows = jnp.moveaxis(works[..., :3], (3, 1), (0, 1))  # [3, B | 1, G, N]
+    first, tokens, valid = rows.reshape(3, works.shape[1], -1)
+
+    def row(o, first, tokens, valid):
+        t = jnp.arange(T)
+        ends = jnp.where(tokens < 0, T, first + tokens)
+        # the ends ascend: a token's chunk is the number of ends up to it
+        of = jnp.cumsum(jnp.zeros(T, jnp.int32).at[ends].add(1, mode="drop"))
+        return jnp.where((valid[of] > 0)[:, None, None], o[of * C + t - first[of]], 0)
+
+    axis = 0 if works.shape[1] > 1 else None
+    first, tokens, valid = (x if axis == 0 else x[0] for x in (first, tokens, valid))
+    return jax.vmap(row, (0, axis, axis, axis))(o, first, tokens, valid)
+
+
+def _decays(op, g, valid, C):
+    """The `_Decays` of chunks with so many tokens [B | 1, N]."""
+    i, tokens = jnp.arange(C), valid[..., None]
+    rank = tokens - 1 - i if op.reverse else jnp.broadcast_to(i, (*valid.shape, C))
+    reads, leaves = rank + (not op.post), tokens - 1 - rank + op.post
+    reads, leaves = (x[:, :, None, :, None] for x in (reads, leaves))
+    exponents = reads, leaves, valid[:, :, None, None, None]
+    # XLA would put them where they multiply, and take a power for each number there
+    powers = lax.optimization_barrier(tuple(_power(g, x) for x in exponents))
+    return _Decays(reads, leaves, *powers)
+
+
+def _power(g, x):
+    """e^{g x}, or 1 where x < 0, for decays g [B | 1, H] and exponents [B | 1, N, 1, ., .]."""
+    return jnp.exp(g[:, None, :, None, None] * jnp.maximum(x, 0))
+
+
+def _distances(op, C):
+    """From token j to token i in scan order, [i, j]: the same in all chunks, full or not."""
+    i = jnp.arange(C)
+    return (i[:, None] - i) * (-1 if op.reverse else 1)
+
+
+def _rows_at(x, index):
+    """x[b, index[b]] of x [B | 1, ...] and index [B | 1, ...]. vmap tells the compiler that no row
+    reads another's."""
+    if x.shape[0] == 1:
+        return x[0].at[index].get(mode="clip")
+    index = jnp.broadcast_to(index, (x.shape[0], *index.shape[1:]))
+    return jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x, index)
+
+
+def _states_of(x, sequence):
+    """x[b, sequence[b]] of states x [B | 1, n, H, K, V] as [B | 1, H, K, V]: 0 for no sequence."""
+    states = _rows_at(x, jnp.maximum(sequence, 0))
+    return jnp.where((sequence >= 0)[:, None, None, None], states, 0)
+
+
 def _transposed(s):
     return None if s is None else jnp.swapaxes(s, -1, -2)
 
@@ -446,280 +597,33 @@ def _shared(sizes):
     return next((size for size in sizes if size != 1), 1)
 
 
-# Chunks of C tokens are rows of `_table`, and G groups of N chunks are the steps of a `lax.scan`. A
-# group multiplies for all its chunks at once; only states pass from chunk to chunk, in an inner scan
-# of sums. Chunks lie in the order of their tokens: a scan that goes back starts with the last one.
-
-
-CHUNK, GROUP = 64, 512  # tokens per chunk, and per group
-
-
-def _scan_xla(op, q, k, v, g, s0, cu, w=None):
-    """A group of chunks at a time; results as `_scan`'s."""
-    B, T, H, K, V = (
-        _batch(q, k, v, g, s0, cu, w),
-        q.shape[1],
-        g.shape[1],
-        q.shape[3],
-        v.shape[3],
-    )
-    sequences = 1 if cu is None else cu.shape[1] - 1
-    # XLA would fold decays that it knows into large constants, and be slower
-    g = lax.optimization_barrier(g)
-    packed, wide = cu is not None, g.dtype
-    C, works = _chunks(T, cu, max(K, V))
-
-    # a product of two 16-bit numbers is exact in float32: to ask for more passes would change nothing
-    precision = op.precision if v.dtype == wide else "default"
-
-    def dot(indices, x, y):  # rounds what it multiplies, as the kernels do
-        return jnp.einsum(
-            indices,
-            x.astype(v.dtype),
-            y.astype(v.dtype),
-            precision=precision,
-            preferred_element_type=wide,
-        )
-
-    scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
-    q, k, v, w = (
-        x if x is None else _whole_groups(x, works, C, packed) for x in (q, k, v, w)
-    )
-    far = _distances(op, C)
-    D = jnp.where(
-        far >= 0, op.scale * _power(g, far[None, None, None]), 0
-    )  # [B | 1, 1, H, i, j]
-
-    def outputs(q, k, v, eq, S):
-        """What queries read of the keys and values of their chunks, and of the states before them."""
-        P = dot("bnhik,bnhjk->bnhij", q, k) * D
-        O = dot("bnhij,bnhjv->bnhiv", P, v) + scale_q * eq * dot(
-            "bnhik,bnhkv->bnhiv", q, S
-        )
-        return O.swapaxes(2, 3).astype(v.dtype)  # [B, N, C, H, V]
-
-    def group(carry, work):  # [B | 1, N, 7]
-        S, s = carry
-        first, read, begins, ends, sequence = _columns(op, work)
-        qs, ks, vs, ws = (
-            x if x is None else _load_chunks(x, first, read, C, B, H, packed)
-            for x in (q, k, v, w)
-        )
-        _, _, eq, ek, eS = _decays(op, g, read, C)
-        Z = dot("bnhjk,bnhjv->bnhkv", ks * (scale_k * ek), vs)
-        N = read.shape[1]
-        before, after = [None] * N, [None] * N
-        for n in (
-            reversed(range(N)) if op.reverse else range(N)
-        ):  # unrolled: a loop would launch a kernel per chunk
-            if packed:
-                entering = 0 if s0 is None else _states_of(s0, sequence[:, n])
-                S = jnp.where(begins[:, n, None, None, None], entering, S)
-            before[n] = S
-            after[n] = S = eS[:, n] * S + Z[:, n]
-        before, after = jnp.stack(before, 1), jnp.stack(after, 1)  # [B, N, H, K, V]
-        if packed:
-            to = jnp.where(ends & (sequence >= 0), sequence, sequences)
-            to = jnp.broadcast_to(to, (B, to.shape[1]))
-            s = jax.vmap(lambda s, to, S: s.at[to].set(S, mode="drop"))(s, to, after)
-        o = outputs(qs, ks, vs, eq, before)
-        return (S, s), (
-            o,
-            None if w is None else outputs(ws, vs, ks, eq, _transposed(before)),
-        )
-
-    S = (
-        jnp.zeros((B, H, K, V), wide)
-        if packed or s0 is None
-        else jnp.broadcast_to(s0[:, 0], (B, H, K, V))
-    )
-    # every sequence has a chunk that ends it, so no 0 of these remains
-    s = jnp.zeros((B, sequences, H, K, V), wide) if packed else None
-
-    def group_or_nothing(carry, work):  # half of a pack's rows may be without work
-        shapes = jax.eval_shape(group, carry, work)[1]
-        nothing = lambda carry, work: (
-            carry,
-            _vary(
-                jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-                q,
-                k,
-                v,
-                g,
-                s0,
-                w,
-                works,
-            ),
-        )
-        return lax.cond((work[..., 1] >= 0).any(), group, nothing, carry, work)
-
-    def by_token(o):
-        o = jnp.moveaxis(o, 0, 1).reshape(B, -1, H, o.shape[-1])  # [B, G N C, H, V]
-        return _from_chunks(o, works, T, C) if packed else o[:, :T]
-
-    carry = _vary((S, s), q, k, v, g, s0, works)
-    (S, s), (o, y) = lax.scan(
-        group_or_nothing if packed else group, carry, works, reverse=op.reverse
-    )
-    o = jnp.zeros((B, 0, H, V), v.dtype) if op.only_state else by_token(o)
-    s = s if packed else S[:, None]
-    return o, s if op.final_state else None, None if y is None else by_token(y)
-
-
-def _chunks(T, cu, widest):
-    """C and the work of all groups, [G, B | 1, N, 7]: rows of `_table`, and of -1 to fill the last.
-    `widest`: the larger head dim. Chunks of its size cost as much as their states."""
-    if not isinstance(T, int):  # in an export: of a symbolic length little is known
-        C, groups_of = CHUNK, 1
-    else:
-        C = CHUNK if widest <= CHUNK else 2 * CHUNK
-        # chunks of equal length leave the fewest tokens to pad
-        groups_of, C = GROUP // C, -(-T // -(-T // C))
-    # a sequence that is shorter than a chunk wastes the rest of it
-    if cu is not None:
-        C = min(C, max(16, _block(T // (cu.shape[1] - 1))))
-    table = _tables(T, cu, C, False)
-    R = table.shape[1]
-    G, N = (
-        (R, 1) if groups_of == 1 else (-(-R // groups_of), -(-R // -(-R // groups_of)))
-    )
-    if groups_of > 1:
-        table = jnp.pad(table, ((0, 0), (0, G * N - R), (0, 0)), constant_values=-1)
-    return C, jnp.moveaxis(table.reshape(-1, G, N, 7), 1, 0)
-
-
-def _columns(op, work):
-    """Of chunks, [B | 1, N]: first token, tokens to read, whether a sequence starts and ends with them,
-    and which one (or -1)."""
-    first, _, read, sequence, place, after, _ = jnp.moveaxis(work, -1, 0)
-    begins, ends = (after == 0, place == 0) if op.reverse else (place == 0, after == 0)
-    return first, jnp.maximum(read, 0), begins, ends, sequence
-
-
-def _by_chunk(xs):
-    """What an inner scan walks: arrays [B | 1, N, ...] with the chunks first."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), xs)
-
-
-def _rows_at(x, index):
-    """x[b, index[b]] of x [B | 1, ...] and index [B | 1, ...]. vmap tells the compiler that no row reads another's."""
-    if x.shape[0] == 1:
-        return x[0].at[index].get(mode="clip")
-    return jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(
-        x, jnp.broadcast_to(index, (x.shape[0], *index.shape[1:]))
-    )
-
-
-def _load_chunks(x, first, read, C, B, H, packed):
-    """Tokens of x [B | 1, T, Hx, D] in the chunks at first [B | 1, N] as [B, N, H, C, D]: 0 where no
-    sequence has tokens."""
-    (rows, _, Hx, D), N, i = x.shape, first.shape[1], jnp.arange(C)
-    if packed:
-        x = _rows_at(x, first[..., None] + i)
-        x = jnp.where((i < read[..., None])[..., None, None], x, 0)
-    else:  # padded with zeros to whole groups
-        x = lax.dynamic_slice_in_dim(x, first[0, 0], N * C, 1).reshape(
-            rows, N, C, Hx, D
-        )
-    x = jnp.repeat(x.swapaxes(2, 3), H // Hx, axis=2)
-    return jnp.broadcast_to(x, (B, N, H, C, D))
-
-
-def _decays(op, g, read, C):
-    """How chunks with so many tokens [B | 1, N] decay what queries read of the state and what keys
-    leave in it, as exponents [B | 1, N, 1, C, 1] and as powers [B | 1, N, H, C, 1], and the state
-    itself [B | 1, N, H, 1, 1]."""
-    i = jnp.arange(C)
-    rank = (
-        read[..., None] - 1 - i if op.reverse else jnp.broadcast_to(i, (*read.shape, C))
-    )
-    reads, leaves = rank + (not op.post), read[..., None] - 1 - rank + op.post
-    reads, leaves = (x[:, :, None, :, None] for x in (reads, leaves))
-    # XLA would put them where they multiply, and take a power for each number there
-    exponents = reads, leaves, read[:, :, None, None, None]
-    eq, ek, eS = lax.optimization_barrier(tuple(_power(g, x) for x in exponents))
-    return reads, leaves, eq, ek, eS
-
-
-def _power(g, x):
-    """e^{g x}, or 1 where x < 0, for decays g [B | 1, H] and exponents [B | 1, N, 1, ., .]."""
-    return jnp.exp(g[:, None, :, None, None] * jnp.maximum(x, 0))
-
-
-def _distances(op, C):
-    """From token j to token i in scan order, [i, j]: the same in all chunks, full or not."""
-    i = jnp.arange(C)
-    return (i[:, None] - i) * (-1 if op.reverse else 1)
-
-
-def _states_of(x, sequence):
-    """x[b, sequence[b]] of states x [B | 1, n, H, K, V] as [B | 1, H, K, V]; 0 for what is no sequence
-    (-1)."""
-    return jnp.where(
-        (sequence >= 0)[:, None, None, None], _rows_at(x, jnp.maximum(sequence, 0)), 0
-    )
-
-
-def _whole_groups(x, work, C, packed):
-    """x [B, T, ...], padded to the tokens of all groups where chunks are not gathered."""
-    G, _, N, _ = work.shape
-    rest = -x.shape[1] % (N * C) if isinstance(G, int) else -x.shape[1] % C
-    return (
-        x
-        if packed or isinstance(rest, int) and not rest
-        else jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0)))
-    )
-
-
-def _from_chunks(o, works, T, C):
-    """Outputs of chunks [B, G N C, H, V] for tokens, [B, T, H, V]: 0 for those of no sequence."""
-    rows = jnp.moveaxis(works[..., :3], (3, 1), (0, 1))  # [3, B | 1, G, N]
-    first, tokens, read = rows.reshape(3, works.shape[1], -1)
-
-    def row(o, first, tokens, read):
-        t = jnp.arange(T)
-        ends = jnp.where(
-            tokens < 0, T, first + tokens
-        )  # ascending: a token's chunk is the number of ends up to it
-        of = jnp.cumsum(jnp.zeros(T, jnp.int32).at[ends].add(1, mode="drop"))
-        return jnp.where((read[of] > 0)[:, None, None], o[of * C + t - first[of]], 0)
-
-    axis = 0 if works.shape[1] > 1 else None
-    first, tokens, read = (x if axis == 0 else x[0] for x in (first, tokens, read))
-    return jax.vmap(row, (0, axis, axis, axis))(o, first, tokens, read)
-
-
-# Its gradients -------------------------------------------------------------------------------------
+# Its gradients ------------------------------------------------------------------------------------
+#
+# The scan is linear in q, k, v and s0, so its gradients are scans as well. `back` is the adjoint
+# direction, which starts from the cotangent of the final state and ends with that of s0:
+#
+#     dq = scan(do, v, k, from s0^T)           dk = scan back(v, do, q, from ds^T)
+#     ds0 = the end of dv's scan               dv = scan back(k, q, do, from ds)
+#
+# The scans for dk and dv have the same state, transposed, so one scan with w = v yields both.
 
 
 def _attend(op, *operands):
-    """The scan with its gradients. An unused final state gets no cotangent, except inside shard_map, which requires zeros."""
-    return (
-        _attend_local
-        if jax.sharding.get_abstract_mesh().manual_axes
-        else _attend_anywhere
-    )(op, *operands)
+    """The scan with its gradients. An unused final state gets no cotangent, except inside
+    shard_map, which requires zeros."""
+    inside = jax.sharding.get_abstract_mesh().manual_axes
+    return (_attend_local if inside else _attend_anywhere)(op, *operands)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(op, *operands):
     specs = list(map(_spec, operands[:3]))
     rows = next((spec[0] for spec in specs if spec[0] is not None), None)
-    taken = jax.tree.leaves(rows)
-    heads = next(
-        (
-            spec[2]
-            for spec in specs
-            if spec[2] is not None and not set(taken) & set(jax.tree.leaves(spec[2]))
-        ),
-        None,
-    )
-    out = PartitionSpec(rows, None, heads)
-    return _in_auto_mode(
-        lambda *operands: _scan(op, *operands)[:2],
-        operands,
-        (out, out if op.final_state else None),
-    )
+    taken = set(jax.tree.leaves(rows))
+    heads = (spec[2] for spec in specs if not taken & set(jax.tree.leaves(spec[2])))
+    out = PartitionSpec(rows, None, next((names for names in heads if names is not None), None))
+    out = out, out if op.final_state else None
+    return _in_auto_mode(lambda *operands: _scan(op, *operands)[:2], operands, out)
 
 
 def _attend_fwd(op, *operands):
@@ -729,10 +633,12 @@ def _attend_fwd(op, *operands):
     return _attend(op, *operands), (*operands, wanted)
 
 
+def _attend_local_fwd(op, *operands):
+    return _attend(op, *operands), (*operands, ())
+
+
 def _attend_bwd(op, saved, cotangents):
-    return _gradients(
-        op, saved, *(None if isinstance(x, SymbolicZero) else x for x in cotangents)
-    )
+    return _gradients(op, saved, *(None if isinstance(x, SymbolicZero) else x for x in cotangents))
 
 
 @_promotes
@@ -740,62 +646,38 @@ def _attend_bwd(op, saved, cotangents):
 def _gradients(op, saved, do, ds):
     q, k, v, g, s0, _, wants_dg = saved
     specs = *map(_spec, (q, k, v, g if wants_dg is not None else None, s0)), None
-    return _in_auto_mode(
-        functools.partial(_gradients_by_scans, op), (saved, do, ds), specs
-    )
+    return _in_auto_mode(functools.partial(_gradients_by_scans, op), (saved, do, ds), specs)
 
 
 def _gradients_by_scans(op, saved, do, ds):
     q, k, v, g, s0, cu, wants_dg = saved
-    do = (
-        jnp.zeros((*q.shape[:2], g.shape[1], v.shape[3]), v.dtype)
-        if do is None or op.only_state
-        else do
-    )
+    if do is None or op.only_state:
+        do = jnp.zeros((*q.shape[:2], g.shape[1], v.shape[3]), v.dtype)
     op = dataclasses.replace(op, only_state=False, final_state=False)
+    back = dataclasses.replace(op.adjoint(), final_state=s0 is not None)
     dq, _ = _attend(op, do, v, k, g, _transposed(s0), cu)
-    dv, ds0, dk = _attend_both(
-        dataclasses.replace(op.adjoint(), final_state=s0 is not None),
-        k,
-        q,
-        do,
-        g,
-        ds,
-        cu,
-        v,
-    )
-
+    dv, ds0, dk = _attend_both(back, k, q, do, g, ds, cu, v)
     dg = None
     if wants_dg is not None:
         dg = _decay_gradient(op, q, k, v, g, s0, cu, do, ds)
         dg = dg if g.shape[0] > 1 else dg.sum(0, keepdims=True)
-    dq, dk, dv = (
-        _to_heads(dx, x.shape[2], x.dtype) for dx, x in ((dq, q), (dk, k), (dv, v))
-    )
+    dq, dk, dv = (_to_heads(dx, x.shape[2], x.dtype) for dx, x in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, dg, ds0, None
 
 
-def _to_heads(x, heads, dtype):
-    """Sums the gradient [B, T, H, D] of an operand over the query heads that read each of its `heads`."""
-    B, T, H, D = x.shape
-    return (
-        x
-        if heads == H
-        else x.reshape(B, T, heads, H // heads, D)
-        .sum(3, dtype=jnp.promote_types(dtype, jnp.float32))
-        .astype(dtype)
-    )
+def _to_heads(dx, heads, dtype):
+    """The gradient [B, T, H, ...] of an operand, summed over the query heads that read each of its
+    `heads`."""
+    B, T, H, columns = dx.shape
+    if heads == H:
+        return dx
+    dx = dx.reshape(B, T, heads, H // heads, columns)
+    return dx.sum(3, dtype=jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
 
-_attend_anywhere, _attend_local = (
-    jax.custom_vjp(_forward, nondiff_argnums=(0,)) for _ in range(2)
-)
-
-
+_attend_anywhere, _attend_local = (jax.custom_vjp(_forward, nondiff_argnums=(0,)) for _ in range(2))
 _attend_anywhere.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
-_attend_local.defvjp(
-    lambda op, *operands: (_attend(op, *operands), (*operands, ())), _attend_bwd
-)
+_attend_local.defvjp(_attend_local_fwd, _attend_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -806,162 +688,160 @@ def _attend_both(op, q, k, v, g, s0, cu, w):
 
 def _one_by_one(op, q, k, v, g, s0, cu, w):
     transposed = dataclasses.replace(op, final_state=False)
-    return *_attend(op, q, k, v, g, s0, cu), _attend(
-        transposed, w, v, k, g, _transposed(s0), cu
-    )[0]
+    y, _ = _attend(transposed, w, v, k, g, _transposed(s0), cu)
+    return *_attend(op, q, k, v, g, s0, cu), y
 
 
-_attend_both.defvjp(
-    lambda op, *operands: (_attend_both(op, *operands), operands),
-    lambda op, operands, cotangents: jax.vjp(
-        functools.partial(_one_by_one, op), *operands
-    )[1](cotangents),
-)
+def _attend_both_fwd(op, *operands):
+    return _attend_both(op, *operands), operands
+
+
+def _attend_both_bwd(op, operands, cotangents):
+    return jax.vjp(functools.partial(_one_by_one, op), *operands)[1](cotangents)
+
+
+_attend_both.defvjp(_attend_both_fwd, _attend_both_bwd)
 
 
 def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
-    """The gradient of g for cotangents do and ds (or None), [B, H], in forward mode: the derivatives of
-    o and s along dg = 1, times do and ds. Reverse mode sums p_i q_i.dq_i - p_j k_j.dk_j over positions
-    p, which cancels to noise where a head forgets.
+    """The gradient of g for cotangents do and ds (or None), [B, H], in forward mode: the
+    derivatives of o and s along dg = 1, times do and ds. Reverse mode would sum
+    p_i q_i.dq_i - p_j k_j.dk_j over positions p, which cancels to noise where a head forgets.
 
-    Along dg = 1 the states have the derivatives W: over a chunk of C tokens
+    Along dg = 1 the states have the derivatives W. Over a chunk of C tokens,
         S' = e^{gC} S + sum_j e^{g c_j} k_j v_j^T
         W' = e^{gC} (W + C S) + sum_j c_j e^{g c_j} k_j v_j^T
     and the outputs' derivatives, which are never made, add to the result
         sum_i e^{g r_i} q_i (W + r_i S) do_i^T
         + sum_{j<=i} (p_i - p_j) e^{g (p_i - p_j)} (q_i.k_j) (v_j.do_i)
     """
-    B, T, H, K, V = *q.shape[:2], g.shape[1], q.shape[3], v.shape[3]
+    B, T, H = *q.shape[:2], g.shape[1]
+    K, V = q.shape[3], v.shape[3]
     # without tokens states end as they start
     if not (q.size and v.size):
         return _vary(jnp.zeros((B, H), g.dtype), q, k, v, g, s0, do, ds)
     packed, wide = cu is not None, g.dtype
     C, works = _chunks(T, cu, max(K, V))
-    dot = functools.partial(
-        jnp.einsum, precision=op.precision, preferred_element_type=wide
-    )
+    dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
     scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
     q, k, v, do = (_whole_groups(x, works, C, packed) for x in (q, k, v, do))
     far = _distances(op, C)
-    D = far * jnp.where(
-        far > 0, op.scale * _power(g, far[None, None, None]), 0
-    )  # [B | 1, 1, H, i, j]
+    D = jnp.where(far > 0, op.scale * _power(g, far[None, None, None]), 0)  # [B | 1, 1, H, i, j]
 
-    def link(carry, chunk):
+    def link(carry, x):
         S, W, total = carry  # [B, H, K, V] twice, [B, H]
-        (Z, Zw, Q, Qw), keep, read, begins, ends, sequence = chunk
+        (Z, Zw, Q, Qw), keep, chunk = x
+        tokens = chunk.valid[:, None, None, None]
         # states of an empty sequence may be NaN
-        entered = jnp.where(read > 0, sequence, -1)
+        entered = jnp.where(chunk.valid > 0, chunk.sequence, -1)
         if packed:
-            begins = begins[:, None, None, None]
+            begins = chunk.begins[:, None, None, None]
             S = jnp.where(begins, 0 if s0 is None else _states_of(s0, entered), S)
             W = jnp.where(begins, 0, W)
         total += (Qw * S + Q * W).sum((-1, -2))
-        S, W = (
-            keep * S + Z,
-            keep * (W + read[:, None, None, None].astype(wide) * S) + Zw,
-        )
+        S, W = keep * S + Z, keep * (W + tokens.astype(wide) * S) + Zw
         if ds is not None:
-            left = jnp.where(ends[:, None, None, None], _states_of(ds, entered), 0)
-            total += jnp.where(ends[:, None, None, None], left * W, 0).sum((-1, -2))
+            ends = chunk.ends[:, None, None, None]
+            left = jnp.where(ends, _states_of(ds, entered), 0)
+            total += jnp.where(ends, left * W, 0).sum((-1, -2))
         return (S, W, total), None
 
     def group(carry, work):
         S, W, total = carry
-        first, read, begins, ends, sequence = _columns(op, work)
+        chunks = _columns(op, work)
         qs, ks, vs, dos = (
-            _load_chunks(x, first, read, C, B, H, packed).astype(wide)
-            for x in (q, k, v, do)
+            _load_chunks(x, chunks, C, B, H, packed).astype(wide) for x in (q, k, v, do)
         )
-        reads, leaves, eq, ek, eS = _decays(op, g, read, C)
+        decays = _decays(op, g, chunks.valid, C)
+        scores = dot("bnhik,bnhjk->bnhij", qs, ks), dot("bnhiv,bnhjv->bnhij", dos, vs)
         # XLA before jax 0.12 sums products wrongly on CPUs where it sees that heads are copies
-        scores, other = lax.optimization_barrier(
-            (dot("bnhik,bnhjk->bnhij", qs, ks), dot("bnhiv,bnhjv->bnhij", dos, vs))
-        )
-        total += (D * scores * other).sum((1, 3, 4))
-        ks, qs = ks * (scale_k * ek), qs * (scale_q * eq)
-        pairs = (
-            (ks, vs),
-            (leaves.astype(wide) * ks, vs),
-            (qs, dos),
-            (reads.astype(wide) * qs, dos),
-        )
+        scores, other = lax.optimization_barrier(scores)
+        total += (far * D * scores * other).sum((1, 3, 4))
+        ks, qs = ks * (scale_k * decays.ek), qs * (scale_q * decays.eq)
+        leaves, reads = decays.leaves.astype(wide), decays.reads.astype(wide)
+        pairs = (ks, vs), (leaves * ks, vs), (qs, dos), (reads * qs, dos)
         sums = [dot("bnhjk,bnhjv->nbhkv", x, y) for x, y in pairs]
-        chunks = sums, *_by_chunk((eS, read, begins, ends, sequence))
-        return lax.scan(link, (S, W, total), chunks, reverse=op.reverse)[0], None
+        keep, chunks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (decays.eS, chunks))
+        carry, _ = lax.scan(link, (S, W, total), (sums, keep, chunks), reverse=op.reverse)
+        return carry, None
 
     S = jnp.zeros((B, H, K, V), wide) if packed or s0 is None else s0[:, 0]
-    carry = _vary(
-        (S, jnp.zeros_like(S), jnp.zeros((B, H), wide)), q, k, v, g, s0, works, do, ds
-    )
+    carry = S, jnp.zeros_like(S), jnp.zeros((B, H), wide)
+    carry = _vary(carry, q, k, v, g, s0, works, do, ds)
     return lax.scan(group, carry, works, reverse=op.reverse)[0][2]
 
 
-# Packs: where sequences begin and end --------------------------------------------------------------
+# Packs: where sequences begin and end -------------------------------------------------------------
+
+
+class _Row(NamedTuple):
+    """A row of work: the tokens of a chunk, a segment or a piece. Kernels read it as 7 int32."""
+
+    first: Any  # token
+    tokens: Any  # how many; -1 in rows without work
+    valid: Any  # those that belong to a sequence: all or none
+    sequence: Any  # -1: none
+    before: Any  # rows of the same interval before it in scan order
+    after: Any  # rows of the same interval after it in scan order
+    slot: Any  # segments that another one follows, in all intervals before this one
 
 
 def _intervals(T, cu):
-    """Splits T tokens at boundaries cu [n+1], which may hold anything, into n+2 intervals: before the first sequence, each sequence,
-    after the last. Returns bounds [n+3] that never decrease, and which intervals are sequences. A sequence that runs backwards,
-    outside of the tokens or into an earlier one is not: it counts as empty, and the tokens of its interval belong to no sequence."""
+    """Splits T tokens at boundaries cu [n + 1], which may hold anything, into n + 2 intervals:
+    before the first sequence, each sequence, after the last. Returns bounds [n + 3] that never
+    decrease, and which intervals are sequences. A sequence that runs backwards, outside of the
+    tokens or into an earlier one counts as empty, and the tokens of its interval belong to none."""
     zero, last = jnp.zeros(1, jnp.int32), jnp.full(1, T, jnp.int32)
     start, end = jnp.concatenate([zero, cu]), jnp.concatenate([cu, last])
-    fits = (0 <= start) & (start <= end) & (end <= T)
-    latest = jnp.concatenate(
-        [zero, lax.cummax(jnp.where(fits, end, 0))[:-1]]
-    )  # the end of the last valid sequence so far
+    fits = (start >= 0) & (start <= end) & (end <= T)
+    ends = lax.cummax(jnp.where(fits, end, 0))
+    latest = jnp.concatenate([zero, ends[:-1]])  # the end of the last sequence that fits so far
     fits &= start >= latest
+    bounds = jnp.concatenate([jnp.where(fits, start, latest), last])
     i = jnp.arange(start.shape[0])
-    return jnp.concatenate([jnp.where(fits, start, latest), last]), fits & (0 < i) & (
-        i < start.shape[0] - 1
-    )
+    return bounds, fits & (i > 0) & (i < start.shape[0] - 1)
 
 
-def _table(T, cu, L, reverse, M=0):
-    """Rows of work, [R, 7] int32: first token, tokens, tokens that belong to a sequence (all or none), sequence or -1, how many rows
-    of its interval come before it in scan order and how many after it, and how many segments of all intervals before it another one
-    follows. Rows are segments of L tokens, anchored where the scan starts: T // L + intervals are always enough. With M, rows are
-    pieces of L tokens, M to each of those segments that another one follows. Rows without work have -1 tokens."""
+def _table(T, cu, L, reverse, pieces=0):
+    """Rows of work, [R, 7]. Rows are segments of L tokens, anchored where the scan starts: T // L +
+    intervals are always enough. With `pieces`, rows are pieces of L tokens, so many to each segment
+    that another one follows."""
     if cu is None:  # one sequence, and nothing around it
         bounds, is_sequence = T * jnp.arange(2), jnp.ones(1, bool)
     else:
         bounds, is_sequence = _intervals(T, cu)
     length, intervals = bounds[1:] - bounds[:-1], is_sequence.shape[0]
-    segments = jnp.maximum(1, -(-length // (L * max(M, 1))))
-    rows, R = (
-        ((segments - 1) * M, (T - 1) // (L * M) * M)
-        if M
-        else (segments, -(-T // L) if cu is None else T // L + intervals)
-    )
+    segments = jnp.maximum(1, -(-length // (L * max(pieces, 1))))
+    if pieces:
+        rows, R = (segments - 1) * pieces, (T - 1) // (L * pieces) * pieces
+    else:
+        rows, R = segments, -(-T // L) if cu is None else T // L + intervals
     ends = jnp.cumsum(rows)
     row = jnp.arange(R)
-    of = jnp.cumsum(jnp.zeros(R, jnp.int32).at[ends].add(1, mode="drop"))
+    of = jnp.cumsum(jnp.zeros(R, jnp.int32).at[ends].add(1, mode="drop"))  # each row's interval
     used, of = of < intervals, jnp.minimum(of, intervals - 1)
-    place = row - (ends - rows)[of]
-    tokens = jnp.clip(length[of] - place * L, 0, L)
-    first = bounds[1:][of] - place * L - tokens if reverse else bounds[of] + place * L
-    sequence = (
-        of if cu is None else jnp.where((0 < of) & (of < intervals - 1), of - 1, -1)
-    )  # interval 1 is sequence 0
-    columns = (
-        first,
-        jnp.where(used, tokens, -1),
-        jnp.where(is_sequence[of], tokens, 0),
-        sequence,
-        place,
-        rows[of] - 1 - place,
-        row - of,
+    before = row - (ends - rows)[of]
+    tokens = jnp.clip(length[of] - before * L, 0, L)
+    sequence = of
+    if cu is not None:  # interval 1 is sequence 0
+        sequence = jnp.where((of > 0) & (of < intervals - 1), of - 1, -1)
+    columns = _Row(
+        first=bounds[1:][of] - before * L - tokens if reverse else bounds[of] + before * L,
+        tokens=jnp.where(used, tokens, -1),
+        valid=jnp.where(is_sequence[of], tokens, 0),
+        sequence=sequence,
+        before=before,
+        after=rows[of] - 1 - before,
+        slot=row - of,
     )
     return jnp.stack([x.astype(jnp.int32) for x in columns], -1)
 
 
 def _tables(T, cu, *rest):
-    """`_table` for each row of cu [B | 1, n+1]: [B | 1, R, 7]; for a plain batch, of one row."""
-    return (
-        _table(T, None, *rest)[None]
-        if cu is None
-        else jax.vmap(lambda cu: _table(T, cu, *rest))(cu)
-    )
+    """`_table` for each row of cu [B | 1, n + 1]: [B | 1, R, 7]; for a plain batch, of one row."""
+    if cu is None:
+        return _table(T, None, *rest)[None]
+    return jax.vmap(lambda cu: _table(T, cu, *rest))(cu)
 
 
 # How it is fast: the kernels ----------------------------------------------------------------------
@@ -1064,9 +944,7 @@ def _switches(way):
 
 
 @_kernel
-def _find_work(
-    table, p, k_tiles, v_tiles, reverse, PACKED: tl.constexpr, ROWS_FIRST: tl.constexpr
-):
+def _find_work(table, p, k_tiles, v_tiles, reverse, PACKED: tl.constexpr, ROWS_FIRST: tl.constexpr):
     """The `_Work` of this program. A pack reads its row; a plain batch computes it, which saves a
     launch and a load. Consecutive programs share tokens or, if ROWS_FIRST, a head."""
     i = tl.program_id(0)
@@ -1087,9 +965,7 @@ def _find_work(
         tokens = tl.minimum(p.T - row * p.segment, p.segment)
         first = row * p.segment + reverse * (p.T - tokens - 2 * row * p.segment)
         valid, sequence, before, after, slot = tokens, 0, row, p.rows - 1 - row, row
-    return _Work(
-        v_tile, k_tile, h, b, row, first, tokens, valid, sequence, before, after, slot
-    )
+    return _Work(v_tile, k_tile, h, b, row, first, tokens, valid, sequence, before, after, slot)
 
 
 @_kernel
@@ -1165,16 +1041,7 @@ def _enter(
 
 @_kernel
 def _leave(
-    S,
-    s,
-    s0,
-    ck,
-    cv,
-    work,
-    final_state,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    HAS_S0: tl.constexpr,
+    S, s, s0, ck, cv, work, final_state, K: tl.constexpr, V: tl.constexpr, HAS_S0: tl.constexpr
 ):
     """Stores S^T as the final state, if it is that of a sequence and is wanted."""
     inside = (ck < K) & (cv < V)
@@ -1182,17 +1049,13 @@ def _leave(
     if (work.after == 0) & (final_state > 0):
         if work.sequence >= 0:
             if HAS_S0:
-                if (
-                    work.valid <= 0
-                ):  # it ends with what it starts from, whatever that holds
+                if work.valid <= 0:  # it ends with what it starts from, whatever that holds
                     S = tl.load(s0 + state, mask=inside, other=0.0)
             tl.store(s + state, S, mask=inside)
 
 
 @_kernel
-def _load(
-    x, t, valid, stride, column, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
-):
+def _load(x, t, valid, stride, column, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Rows t .. t+C and columns column .. column+BD of x, whose rows are `stride` apart, as
     [C, BD]: 0 outside of [valid, D]."""
     row, col = tl.arange(0, C)[:, None], tl.arange(0, BD)[None, :]
@@ -1250,9 +1113,7 @@ def _states_kernel(
         vs = _load(v, t, work.valid, p.v_heads * V, v_column, C, V, BV)
         ek = _key_decays(gm, scale_k, m, rank, post)
         vw = tl.trans((vs * ek[:, None]).to(vs.dtype))  # [BV, C]
-        S = tl.dot(
-            vw, ks, S * tl.exp2(gm * m), input_precision=PRECISION
-        )  # [BV, C] x [C, BK]
+        S = tl.dot(vw, ks, S * tl.exp2(gm * m), input_precision=PRECISION)  # [BV, C] x [C, BK]
     ck = k_column + tl.arange(0, BK)[None, :]
     cv = v_column + tl.arange(0, BV)[:, None]
     states += ((work.b * p.rows + work.row) * p.H + work.h) * K * V
@@ -1293,9 +1154,7 @@ def _link_kernel(
     offset = ((b * p.pieces + row) * p.H + h) * E
     stride = tl.full([], p.H * E, tl.int64)
     S = tl.full([BE], 0.0, tl.float32)
-    for _ in tl.range(
-        0, segments, num_stages=3
-    ):  # pipelined loads never overtake these stores
+    for _ in tl.range(0, segments, num_stages=3):  # pipelined loads never overtake these stores
         written = gL * (PIECES - 1 - j) > VANISHED
         places = states + offset + j * stride + e[None, :]
         z = tl.load(places, mask=(e[None, :] < E) & written, other=0.0)  # [PIECES, BE]
@@ -1365,9 +1224,7 @@ def _scan_kernel(
         ck = k_column + tl.arange(0, BK)[None, :]
         cv = v_column + tl.arange(0, BV)[:, None]
         S = tl.full([BV, BK], 0.0, tl.float32)
-        S = _enter(
-            S, linked, s0, ck, cv, work, swapped, gm * p.segment, K, V, LINKED, HAS_S0
-        )
+        S = _enter(S, linked, s0, ck, cv, work, swapped, gm * p.segment, K, V, LINKED, HAS_S0)
         for c in range((work.tokens + C - 1) // C):
             m = tl.minimum(work.tokens - c * C, C)
             t = (work.tokens - C) * reverse + turn * C * c
@@ -1387,9 +1244,7 @@ def _scan_kernel(
             tl.store(at, O.to(vs.dtype), mask=mine)
             ek = _key_decays(gm, scale_k, m, rank, post)
             vw = tl.trans((vs * ek[:, None]).to(vs.dtype))
-            S = tl.dot(
-                vw, ks, S * tl.exp2(gm * m), input_precision=PRECISION
-            )  # [BV, C] x [C, BK]
+            S = tl.dot(vw, ks, S * tl.exp2(gm * m), input_precision=PRECISION)  # [BV, C] x [C, BK]
         _leave(S, s, s0, ck, cv, work, final_state, K, V, HAS_S0)
         if NK > 1:
             tl.debug_barrier()  # threads reread outputs that others of the program wrote
@@ -1422,15 +1277,11 @@ class _Four(NamedTuple):
 
 
 @_gluon
-def _fetch(
-    arrays, buffers, full, stage, t, rows, heads, k_column, v_column, DUAL: gl.constexpr
-):
+def _fetch(arrays, buffers, full, stage, t, rows, heads, k_column, v_column, DUAL: gl.constexpr):
     """Starts the copies of the chunk at t of the segment. The barrier counts their bytes."""
     bar = full.index(stage)
     size: gl.constexpr = arrays.q.nbytes_per_cta + arrays.k.nbytes_per_cta
-    more: gl.constexpr = arrays.v.nbytes_per_cta + (
-        arrays.w.nbytes_per_cta if DUAL else 0
-    )
+    more: gl.constexpr = arrays.v.nbytes_per_cta + (arrays.w.nbytes_per_cta if DUAL else 0)
     hopper.mbarrier.expect(bar, size + more)
     q_at, k_at = [rows.q + t, heads.q, k_column], [rows.k + t, heads.k, k_column]
     v_at, w_at = [rows.v + t, heads.v, v_column], [rows.w + t, heads.w, v_column]
@@ -1460,30 +1311,22 @@ def _multiply(x, scores, S, D, eq, ek, eS, LO: gl.constexpr, LP: gl.constexpr):
     qt = x.q.permute((1, 0))
     Sb = gl.convert_layout(S.to(dtype), AO)
     zero = gl.full([C, C], 0.0, gl.float32, LP)
-    P = hopper.warpgroup_mma(
-        x.k, qt, zero, use_acc=False, is_async=True
-    )  # [C, BK] x [BK, C]
+    P = hopper.warpgroup_mma(x.k, qt, zero, use_acc=False, is_async=True)  # [C, BK] x [BK, C]
     zero = gl.full([BV, C], 0.0, gl.float32, LO)
-    O = hopper.warpgroup_mma(
-        Sb, qt, zero, use_acc=False, is_async=True
-    )  # [BV, BK] x [BK, C]
+    O = hopper.warpgroup_mma(Sb, qt, zero, use_acc=False, is_async=True)  # [BV, BK] x [BK, C]
     P = hopper.warpgroup_mma_wait(1, [P])
     scores.store((P * D).to(dtype))
     vt, vw = _decayed_values(x.v, ek, dtype, AS)
     vt = gl.convert_layout(vt, AO)
     O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
     gl.barrier()  # all warps have stored their scores (the compiler fences them)
-    O = hopper.warpgroup_mma(
-        vt, scores, O * eq[None, :], is_async=True
-    )  # [BV, C] x [C, C]
+    O = hopper.warpgroup_mma(vt, scores, O * eq[None, :], is_async=True)  # [BV, C] x [C, C]
     S = hopper.warpgroup_mma(vw, x.k, S * eS, is_async=True)  # [BV, C] x [C, BK]
     return O, vt, S, vw
 
 
 @_gluon
-def _multiply_dual(
-    x, scores, w_scores, Sb, S, D, eq, ek, eS, LO: gl.constexpr, LP: gl.constexpr
-):
+def _multiply_dual(x, scores, w_scores, Sb, S, D, eq, ek, eS, LO: gl.constexpr, LP: gl.constexpr):
     """`_multiply` for both scans: o^T, y^T and S'^T are still being summed when it returns. It
     reads the state from shared memory, Sb, because two scans lack the registers."""
     C: gl.constexpr = x.k.shape[0]
@@ -1504,23 +1347,15 @@ def _multiply_dual(
         x.v, wt, gl.full([C, C], 0.0, gl.float32, LP), use_acc=False, is_async=True
     )
     Y = hopper.warpgroup_mma(
-        Sb.permute((1, 0)),
-        wt,
-        gl.full([BV, C], 0.0, gl.float32, LO),
-        use_acc=False,
-        is_async=True,
+        Sb.permute((1, 0)), wt, gl.full([BV, C], 0.0, gl.float32, LO), use_acc=False, is_async=True
     )
     O, P = hopper.warpgroup_mma_wait(1, [O, P])
     w_scores.store((P * D).to(dtype))
     vt, vw = _decayed_values(x.v, ek, dtype, AS)
     gl.barrier()  # all warps have stored their scores (the compiler fences them)
-    O = hopper.warpgroup_mma(
-        x.v.permute((1, 0)), scores, O * eq[None, :], is_async=True
-    )
+    O = hopper.warpgroup_mma(x.v.permute((1, 0)), scores, O * eq[None, :], is_async=True)
     Y = hopper.warpgroup_mma_wait(1, [Y])
-    Y = hopper.warpgroup_mma(
-        x.k.permute((1, 0)), w_scores, Y * eq[None, :], is_async=True
-    )
+    Y = hopper.warpgroup_mma(x.k.permute((1, 0)), w_scores, Y * eq[None, :], is_async=True)
     S = hopper.warpgroup_mma(vw, x.k, S * eS, is_async=True)
     return O, Y, S, vw
 
@@ -1533,15 +1368,7 @@ def _coalesced(BD, W):
 
 @_gluon
 def _rows(
-    x,
-    t,
-    valid,
-    stride,
-    column,
-    D: gl.constexpr,
-    C: gl.constexpr,
-    BD: gl.constexpr,
-    W: gl.constexpr,
+    x, t, valid, stride, column, D: gl.constexpr, C: gl.constexpr, BD: gl.constexpr, W: gl.constexpr
 ):
     """Pointers to rows t .. t+C and columns column .. column+BD of x, whose rows are `stride`
     apart, as [C, BD], and a mask of those inside [valid, D]."""
@@ -1553,15 +1380,7 @@ def _rows(
 
 @_gluon
 def _read(
-    x,
-    t,
-    valid,
-    stride,
-    column,
-    D: gl.constexpr,
-    C: gl.constexpr,
-    BD: gl.constexpr,
-    W: gl.constexpr,
+    x, t, valid, stride, column, D: gl.constexpr, C: gl.constexpr, BD: gl.constexpr, W: gl.constexpr
 ):
     at, inside = _rows(x, t, valid, stride, column, D, C, BD, W)
     return gl.load(at, mask=inside, other=0.0)
@@ -1630,16 +1449,10 @@ def _hopper_kernel(
     """The steps of `_scan_kernel`, by the schedule above. qd, kd, vd and wd describe the arrays of
     the operands as [B T, heads, head dim]."""
     W: gl.constexpr = BV // 16  # warps
-    LS: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [W, 1], [16, BK, 16]
-    )  # S^T [BV, BK]
-    LO: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [W, 1], [16, C, 16]
-    )  # o^T [BV, C], y^T
+    LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BK, 16])  # S^T [BV, BK]
+    LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, C, 16])  # o^T [BV, C], y^T
     # scores [C, C]: four warps along the keys, the others along the queries
-    LP: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [4, W // 4], [16, 4 * C // W, 16]
-    )
+    LP: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, 4 * C // W, 16])
     NK: gl.constexpr = (K + BK - 1) // BK
     NV: gl.constexpr = (V + BV - 1) // BV
     p = _Params(*params)
@@ -1679,9 +1492,7 @@ def _hopper_kernel(
         ck = k_column + gl.arange(0, BK, gl.SliceLayout(0, LS))[None, :]
         cv = v_column + gl.arange(0, BV, gl.SliceLayout(1, LS))[:, None]
         S = gl.full([BV, BK], 0.0, gl.float32, LS)
-        S = _enter(
-            S, linked, s0, ck, cv, work, swapped, gm * p.segment, K, V, LINKED, HAS_S0
-        )
+        S = _enter(S, linked, s0, ck, cv, work, swapped, gm * p.segment, K, V, LINKED, HAS_S0)
 
         # in the loop, because states pass through the same memory before and after
         qb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], qd.layout)
@@ -1701,24 +1512,11 @@ def _hopper_kernel(
             hopper.mbarrier.init(full.index(i), count=1)
         hopper.fence_async_shared()  # the copies' hardware sees the barriers
         gl.barrier()
-        fetched = (
-            work.valid + C - 1
-        ) // C  # chunks of a sequence; of other tokens nothing is read
+        fetched = (work.valid + C - 1) // C  # chunks of a sequence; of other tokens nothing is read
         t = (work.tokens - C) * reverse  # where the first chunk starts in the segment
         forth = turn * C
         for i in range(gl.minimum(fetched, STAGES)):
-            _fetch(
-                arrays,
-                buffers,
-                full,
-                i,
-                t + i * forth,
-                rows,
-                heads,
-                k_column,
-                v_column,
-                DUAL,
-            )
+            _fetch(arrays, buffers, full, i, t + i * forth, rows, heads, k_column, v_column, DUAL)
 
         scale_q, scale_k = _scales(p.scale, post)
         query, key = (
@@ -1734,9 +1532,7 @@ def _hopper_kernel(
         ek = gl.exp2(gm * (C - 1 - rank_k + post)) * scale_k
         eS = gl.exp2(gm * C)
         c, stage, phase = 0, 0, 0
-        while (
-            c < (work.tokens + C - 1) // C
-        ):  # Triton's pipeliner would make `for` wait
+        while c < (work.tokens + C - 1) // C:  # Triton's pipeliner would make `for` wait
             x = _Four(
                 qb.index(stage).reshape([C, BK]),
                 kb.index(stage).reshape([C, BK]),
@@ -1745,9 +1541,7 @@ def _hopper_kernel(
             )
             if c < fetched:
                 hopper.mbarrier.wait(full.index(stage), phase)
-            if (
-                c + 1
-            ) * C > work.valid:  # tokens of other sequences, or of none, count as zeros
+            if (c + 1) * C > work.valid:  # tokens of other sequences, or of none, count as zeros
                 _clear(x.q, t, work.valid, W)
                 _clear(x.k, t, work.valid, W)
                 _clear(x.v, t, work.valid, W)
@@ -1763,26 +1557,13 @@ def _hopper_kernel(
             if (c > 0) & (c - 1 + STAGES < fetched):
                 free = (stage + STAGES - 1) % STAGES
                 ahead = t + (STAGES - 1) * forth
-                _fetch(
-                    arrays,
-                    buffers,
-                    full,
-                    free,
-                    ahead,
-                    rows,
-                    heads,
-                    k_column,
-                    v_column,
-                    DUAL,
-                )
+                _fetch(arrays, buffers, full, free, ahead, rows, heads, k_column, v_column, DUAL)
             old = S
             if NK > 1:
                 outputs = work.tokens * gl.minimum(part, 1)  # the first part finds none
                 old = _read(o, t, outputs, p.H * V, v_column, V, C, BV, W)
             if DUAL:
-                O, Y, S, vw = _multiply_dual(
-                    x, scores, w_scores, Sb, S, D, eq, ek, eS, LO, LP
-                )
+                O, Y, S, vw = _multiply_dual(x, scores, w_scores, Sb, S, D, eq, ek, eS, LO, LP)
                 O = hopper.warpgroup_mma_wait(2, [O])
                 _put(o, out, O, old, t, work.tokens, p.H * V, v_column, V, W, False)
                 Y = hopper.warpgroup_mma_wait(1, [Y])
@@ -1855,9 +1636,7 @@ def _step_kernel(
 
 STATES_CHUNK = 64  # tokens per chunk of `_states_kernel`
 HOPPER_CHUNK = 64  # tokens per chunk of `_hopper_kernel`
-SEGMENT = (
-    512  # tokens that a segment has at least: its state must cost less than they do
-)
+SEGMENT = 512  # tokens that a segment has at least: its state must cost less than they do
 # KiB of shared memory per program. Only sm_90 has run; for the others, kernels are compiled by the tests.
 _SHARED_MEMORY = {
     "sm_80": 163,
@@ -1883,9 +1662,7 @@ class _Config:
     num_warps: int
     num_stages: int  # chunks in flight, the one in use included
     residents: int  # resident programs per processor
-    states_BK: (
-        int  # key columns per program of `_states_kernel`, beside 64 value columns
-    )
+    states_BK: int  # key columns per program of `_states_kernel`, beside 64 value columns
     states_stages: int  # chunks in flight there
 
 
@@ -1913,15 +1690,7 @@ def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
             BV = cut(max(BV, 64), 64, 2 * SEGMENT - 1 if dual else 4 * SEGMENT)
             residents = 2 if BK == BV == 64 else 1
             return _Config(
-                _hopper_kernel,
-                HOPPER_CHUNK,
-                BK,
-                BV,
-                BV // 16,
-                4,
-                residents,
-                wide,
-                states_stages,
+                _hopper_kernel, HOPPER_CHUNK, BK, BV, BV // 16, 4, residents, wide, states_stages
             )
         warnings.warn(
             "lightning_attn: this Hopper GPU runs the Triton kernel, which takes up to 1.5 times "
@@ -1931,17 +1700,13 @@ def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
 
     def fit(C, BV, stages):
         """Whether tiles in flight, and what passes through shared memory, fit there."""
-        return (stages * C * (2 * BK + BV) + C * max(C, 2 * BV)) * itemsize <= (
-            shared - 4
-        ) * 1024
+        return (stages * C * (2 * BK + BV) + C * max(C, 2 * BV)) * itemsize <= (shared - 4) * 1024
 
     BV = cut(BV, 32, 2 * SEGMENT - 1)
     C = 16 if length <= 16 else 32 if length <= 32 or itemsize == 4 else 64
     tiles = itertools.product((BV, 64, 32, 16), (64, 32, 16), (2, 1))
     BV, C, stages = next(
-        (b, c, stages)
-        for b, c, stages in tiles
-        if b <= BV and c <= C and fit(c, b, stages)
+        (b, c, stages) for b, c, stages in tiles if b <= BV and c <= C and fit(c, b, stages)
     )
     # for short sequences, two programs of 4 warps at once beat one of 8
     warps = 8 if BK * BV > 64 * 64 and C > 16 else 4
@@ -1970,13 +1735,9 @@ def _cut(config, processors, itemsize, B, H, T, K, V, states_K, states_V, only_s
     """The `_Cut` of B rows of T tokens, for head dims K and V. `_states_kernel` sees them as
     `states_K` and `states_V`, which may be swapped."""
     programs = B * H * -(-V // config.BV)
-    room = (
-        itemsize * T * (K + V) // (14 * K * V)
-    )  # states in a seventh of the memory of q, k, v, o
+    room = itemsize * T * (K + V) // (14 * K * V)  # states in a seventh of the memory of q, k, v, o
     # as many segments as fill the GPU
-    segments = max(
-        1, min(processors * config.residents // programs, T // SEGMENT, 1 + room)
-    )
+    segments = max(1, min(processors * config.residents // programs, T // SEGMENT, 1 + room))
     BK, BV = min(_block(states_K), config.states_BK), min(_block(states_V), 64)
     tiles = -(-states_K // BK) * -(-states_V // BV)
     # 2^i pieces per segment, so that programs that run at once sum the states of a head that never
@@ -1991,9 +1752,7 @@ def _cut(config, processors, itemsize, B, H, T, K, V, states_K, states_V, only_s
     piece = -(-T // (segments * pieces * config.C)) * config.C
     if only_state:  # the last segment's state is wanted as well
         return _Cut(piece, piece, 1, -(-T // piece), BK, BV)
-    return _Cut(
-        piece * pieces, piece, pieces, (T - 1) // (piece * pieces) * pieces, BK, BV
-    )
+    return _Cut(piece * pieces, piece, pieces, (T - 1) // (piece * pieces) * pieces, BK, BV)
 
 
 def _precision(op, arch):
@@ -2004,11 +1763,7 @@ def _precision(op, arch):
     fast = "default", "bfloat16", "tensorfloat32", "F16_F16_F16", "F16_F16_F32"
     fast += "BF16_BF16_BF16", "BF16_BF16_F32", "TF32_TF32_F32"
     asked = op.precision
-    return (
-        "tf32"
-        if asked is None or asked in fast or asked.startswith("ANY_F8")
-        else "tf32x3"
-    )
+    return "tf32" if asked is None or asked in fast or asked.startswith("ANY_F8") else "tf32x3"
 
 
 # Their launch -------------------------------------------------------------------------------------
@@ -2020,11 +1775,7 @@ def _gpu():
     try:
         gpu = jax.devices("gpu")[0]
         arch = gpu.compute_capability
-        arch = (
-            arch.split(":")[0]
-            if arch.startswith("gfx")
-            else "sm_" + arch.replace(".", "")
-        )
+        arch = arch.split(":")[0] if arch.startswith("gfx") else "sm_" + arch.replace(".", "")
         return arch, gpu.core_count
     except RuntimeError:
         return None
@@ -2104,10 +1855,7 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swapped=False):
     k and v exchanged. A scan and its transpose then make the same call, which XLA makes once."""
     (T, _, K), V, H = q.shape[1:], v.shape[3], g.shape[1]
     B, n = _batch(q, k, v, g, s0, cu, w), 1 if cu is None else cu.shape[1] - 1
-    arch, processors = _gpu() or (
-        "sm_90",
-        132,
-    )  # traced, and never lowered, where there is no GPU
+    arch, processors = _gpu() or ("sm_90", 132)  # traced, and never lowered, where there is no GPU
     config = _config(arch, processors, K, V, q.dtype, B, H, T, n, w is not None)
     dual = config.kernel is _hopper_kernel and max(K, V) <= config.BK == config.BV
     if w is not None and not dual:
@@ -2115,11 +1863,7 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swapped=False):
         # each of the two has all rows
         g = g if q.shape[0] == w.shape[0] else jnp.broadcast_to(g, (B, H))
         o, s, _ = _scan_triton(op, q, k, v, g, s0, cu)
-        return (
-            o,
-            s,
-            _scan_triton(transposed, w, v, k, g, _transposed(s0), cu, swapped=True)[0],
-        )
+        return (o, s, _scan_triton(transposed, w, v, k, g, _transposed(s0), cu, swapped=True)[0])
 
     params = _params(op, B, q, k, v, w, g, s0, n, swapped)
     if T == 1 and cu is None and not op.only_state:
@@ -2130,14 +1874,10 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swapped=False):
     precision = _precision(op, arch)
     linked = g  # a placeholder, which no kernel reads
     if cut.pieces:
-        linked = _launch_states(
-            op, config, cut, params, B, *states_of, g, cu, precision
-        )
+        linked = _launch_states(op, config, cut, params, B, *states_of, g, cu, precision)
     if op.only_state:
         return jnp.zeros((B, 0, H, V), q.dtype), _state_after(cut, linked, g, T), None
-    return _launch_scan(
-        op, config, cut, params, B, q, k, v, g, s0, cu, w, linked, precision
-    )
+    return _launch_scan(op, config, cut, params, B, q, k, v, g, s0, cu, w, linked, precision)
 
 
 def _outputs(op, params, B, K, V, dtype, dual=False):
@@ -2162,9 +1902,7 @@ def _launch_step(op, params, B, q, k, v, g, s0):
         _step_kernel,
         *(q, k, v, g, g if s0 is None else s0, *unwritten),
         out=_outputs(op, params, B, K, V, q.dtype),
-        in_place={4: 0}
-        if s0 is not None and op.final_state and s0.shape[0] == B
-        else None,
+        in_place={4: 0} if s0 is not None and op.final_state and s0.shape[0] == B else None,
         programs=B * params.H * -(-V // BV),
         params=params,
         K=K,
@@ -2190,9 +1928,7 @@ def _launch_states(op, config, cut, params, B, x, y, g, cu, precision):
         pieces=cut.pieces,
         pieces_per_segment=cut.pieces_per_segment,
     )
-    table, params = _rows_of_work(
-        op, params, cu, cut.piece, cut.pieces, cut.pieces_per_segment
-    )
+    table, params = _rows_of_work(op, params, cu, cut.piece, cut.pieces, cut.pieces_per_segment)
     table, packed = (g, False) if table is None else (table, True)
     shape = jax.ShapeDtypeStruct((B, cut.pieces, H, Y, X), jnp.float32)
     states = _launch(
@@ -2234,21 +1970,15 @@ def _launch_states(op, config, cut, params, B, x, y, g, cu, precision):
 def _state_after(cut, states, g, T):
     """The state [B, 1, H, K, V] after T tokens, from those of pieces [B, pieces, H, V, K]."""
     B, pieces, H, *_ = states.shape
-    after = jnp.maximum(
-        T - cut.piece * (1 + jnp.arange(pieces)), 0
-    )  # tokens after each piece
+    after = jnp.maximum(T - cut.piece * (1 + jnp.arange(pieces)), 0)  # tokens after each piece
     weight = jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, pieces))
     return jnp.einsum("bzhvk,bhz->bhkv", states, weight, precision="highest")[:, None]
 
 
 def _launch_scan(op, config, cut, params, B, q, k, v, g, s0, cu, w, linked, precision):
     T, K, V, C = params.T, q.shape[3], v.shape[3], config.C
-    rows = (
-        -(-T // cut.segment) if cu is None else T // cut.segment + params.sequences + 2
-    )
-    params = params._replace(
-        pieces=cut.pieces, pieces_per_segment=cut.pieces_per_segment
-    )
+    rows = -(-T // cut.segment) if cu is None else T // cut.segment + params.sequences + 2
+    params = params._replace(pieces=cut.pieces, pieces_per_segment=cut.pieces_per_segment)
     table, params = _rows_of_work(op, params, cu, cut.segment, rows)
     arrays = q, k, v
     if config.kernel is _hopper_kernel:
@@ -2260,11 +1990,7 @@ def _launch_scan(op, config, cut, params, B, q, k, v, g, s0, cu, w, linked, prec
             shape, strides = (B * T, H, D), (H * D, D, 1)
             return jax_triton.TensorDescriptor(x, shape, strides, (C, 1, BD), layout)
 
-        arrays = (
-            described(q, config.BK),
-            described(k, config.BK),
-            described(v, config.BV),
-        )
+        arrays = (described(q, config.BK), described(k, config.BK), described(v, config.BV))
         arrays = *arrays, arrays[2] if w is None else described(w, config.BV)
         stages = config.num_stages if w is None else 2
         own = {"STAGES": stages, "num_stages": 1, "DUAL": w is not None}
@@ -2312,14 +2038,9 @@ def _folded(op):
     @scan.def_vmap
     def _(N, mapped, q, k, v, g, s0, cu, w):
         operands = q, k, v, g, s0, cu, w
-        mapped = (
-            *mapped[:4],
-            *map(bool, mapped[4:]),
-        )  # of None, custom_vmap says an empty tree
+        mapped = (*mapped[:4], *map(bool, mapped[4:]))  # of None, custom_vmap says an empty tree
         B = _shared(
-            x.shape[int(is_mapped)]
-            for x, is_mapped in zip(operands, mapped)
-            if x is not None
+            x.shape[int(is_mapped)] for x, is_mapped in zip(operands, mapped) if x is not None
         )
 
         def fold(x, is_mapped):
@@ -2330,22 +2051,16 @@ def _folded(op):
             return x.reshape(N * B, *x.shape[2:])
 
         results = _scan(op, *map(fold, operands, mapped))
-        return jax.tree.map(
-            lambda x: x.reshape(N, B, *x.shape[1:]), results
-        ), jax.tree.map(lambda _: True, results)
+        return jax.tree.map(lambda x: x.reshape(N, B, *x.shape[1:]), results), jax.tree.map(
+            lambda _: True, results
+        )
 
     return scan
 
 
 # The dims of the operands and results of a scan: batch rows, tokens, heads, head dims K and V, sequences, boundaries.
 _OPERANDS = dict(
-    q="b t h k",
-    k="b t h k",
-    v="b t h v",
-    g="b h",
-    s0="b n h k v",
-    cu="b m",
-    w="b t h v",
+    q="b t h k", k="b t h k", v="b t h v", g="b h", s0="b n h k v", cu="b m", w="b t h v"
 )
 _RESULTS = dict(o="b t h v", s="b n h k v", y="b t h k")
 
@@ -2357,11 +2072,7 @@ def _sharded(op, *operands):
     left = math.prod(
         size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes
     )  # devices that the compiler may use
-    if (
-        not all(x.size for x in operands if x is not None)
-        or mesh.manual_axes
-        and left == 1
-    ):
+    if not all(x.size for x in operands if x is not None) or mesh.manual_axes and left == 1:
         return _on_platform(op, *operands)
     # jit, because custom_partitioning takes no constants: those that a call folds become its own
     call = custom_partitioning(jax.jit(functools.partial(_on_platform, op)))
@@ -2387,16 +2098,12 @@ def _sharding_rule(op, shapes):
 
     def write(pattern, rows, heads):
         parts = [factor for factor in sizes if int(factor[1:]) <= heads]
-        words = {
-            "b": "b" if rows == B else next(own),
-            "h": " ".join(parts) or next(own),
-        }
+        words = {"b": "b" if rows == B else next(own), "h": " ".join(parts) or next(own)}
         words["h"] = f"({words['h']})" if len(parts) > 1 else words["h"]
         return [words.get(dim, dim) for dim in pattern.split()]
 
     tensors = [
-        write(_OPERANDS[name], shape[0], _head_count(name, shape))
-        for name, shape in shapes.items()
+        write(_OPERANDS[name], shape[0], _head_count(name, shape)) for name, shape in shapes.items()
     ]
     wanted = dict(o=True, s=op.final_state, y="w" in shapes)
     results = [write(_RESULTS[name], B, H) for name in _RESULTS if wanted[name]]
@@ -2406,9 +2113,7 @@ def _sharding_rule(op, shapes):
     dims = [dim for tensor in tensors + results for dim in tensor]
     # in order of appearance, as the compiler wants them
     whole = tuple(
-        dict.fromkeys(
-            dim for dim in dims if dim in ("t", "no_tokens", "k", "v", "n", "m")
-        )
+        dict.fromkeys(dim for dim in dims if dim in ("t", "no_tokens", "k", "v", "n", "m"))
     )
     return dict(
         sharding_rule=rule,
@@ -2450,17 +2155,14 @@ def _partition(op, shapes, traced_mesh, mesh, _, results):
 
     by_operand = [
         put(
-            pattern,
-            shapes[name][0] == B,
-            name not in fewer and _head_count(name, shapes[name]) > 1,
+            pattern, shapes[name][0] == B, name not in fewer and _head_count(name, shapes[name]) > 1
         )
         if name in shapes
         else None
         for name, pattern in _OPERANDS.items()
     ]
     by_result = [
-        None if x is None else put(pattern)
-        for x, pattern in zip(results, _RESULTS.values())
+        None if x is None else put(pattern) for x, pattern in zip(results, _RESULTS.values())
     ]
     return mesh, one_device, tuple(by_result), tuple(by_operand)
 
@@ -2475,9 +2177,7 @@ def _split_of(x, mesh, traced_mesh):
         return x.sharding.mesh, axes(rows), axes(heads)
     # The compiler named no mesh: its devices are those of the mesh of the call, less the axes that a shard_map around the call took.
     # The same sharding is looked for among all that split rows and heads over them.
-    free = [
-        axis for axis in traced_mesh.axis_names if axis not in traced_mesh.manual_axes
-    ]
+    free = [axis for axis in traced_mesh.axis_names if axis not in traced_mesh.manual_axes]
     sizes = [traced_mesh.shape[axis] for axis in free]
     mesh = jax.sharding.Mesh(
         np.array([*x.sharding.device_set][: math.prod(sizes)]).reshape(sizes), free
@@ -2520,9 +2220,7 @@ def _on_platform(op, *operands):
 
     plain, kernels = on(_scan_xla), on(_scan_triton)
     if op.backend is None:
-        return lax.platform_dependent(
-            *operands, cuda=kernels, rocm=kernels, default=plain
-        )
+        return lax.platform_dependent(*operands, cuda=kernels, rocm=kernels, default=plain)
     return (kernels if op.backend == "triton" else plain)(*operands)
 
 
@@ -2535,11 +2233,7 @@ def _scan_nothing(op, q, k, v, g, s0, cu, w):
         v.shape[3],
         1 if cu is None else cu.shape[1] - 1,
     )
-    s = (
-        jnp.zeros((B, n, H, K, V), g.dtype)
-        if s0 is None
-        else jnp.broadcast_to(s0, (B, n, H, K, V))
-    )
+    s = jnp.zeros((B, n, H, K, V), g.dtype) if s0 is None else jnp.broadcast_to(s0, (B, n, H, K, V))
     return (
         jnp.zeros((B, 0 if op.only_state else T, H, V), v.dtype),
         s if op.final_state else None,
@@ -2550,9 +2244,7 @@ def _scan_nothing(op, q, k, v, g, s0, cu, w):
 def _vary(x, *like, but=()):
     """`x`, varying over every shard_map axis that one of `like` varies over, save for some."""
     axes = frozenset().union(*map(_varying, jax.tree.leaves(like))) - set(but)
-    return jax.tree.map(
-        lambda x: lax.pcast(x, tuple(axes - _varying(x)), to="varying"), x
-    )
+    return jax.tree.map(lambda x: lax.pcast(x, tuple(axes - _varying(x)), to="varying"), x)
 
 
 def _varying(x):
@@ -2581,9 +2273,7 @@ def _in_auto_mode(f, operands, out_specs):
     if not explicit:
         return f(*operands)
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(f, axes=explicit, out_sharding=out_specs)(
-            *operands
-        )
+        return jax.sharding.auto_axes(f, axes=explicit, out_sharding=out_specs)(*operands)
 
 
 # One sequence on many devices ----------------------------------------------------------------------
@@ -2599,9 +2289,7 @@ def _attend_across(op, axes, q, k, v, g, s0):
 @_promotes
 def _across_fwd(op, axes, q, k, v, g, s0):
     s_in, s = _exchange(op, axes, k, v, g, s0)
-    o, _ = _attend(
-        dataclasses.replace(op, final_state=False), q, k, v, _vary(g, q), s_in, None
-    )
+    o, _ = _attend(dataclasses.replace(op, final_state=False), q, k, v, _vary(g, q), s_in, None)
     return (o, s if op.final_state else None), (q, k, v, g, s0, s_in)
 
 
@@ -2612,15 +2300,9 @@ def _across_bwd(op, axes, saved, cotangents):
     checked = set(axes) <= _varying(
         q
     )  # with check_vma=False shard_map itself sums what devices return
-    devices = lax.axis_size(
-        axes
-    )  # and gives each device its part of a shared cotangent
-    r_in, ds0 = _exchange(
-        op.adjoint(), axes, q, do, g, ds if checked else lax.psum(ds, axes)
-    )
-    dq, dk, dv, dg, *_ = _gradients(
-        op, (q, k, v, _vary(g, q), s_in, None, ()), do, r_in
-    )
+    devices = lax.axis_size(axes)  # and gives each device its part of a shared cotangent
+    r_in, ds0 = _exchange(op.adjoint(), axes, q, do, g, ds if checked else lax.psum(ds, axes))
+    dq, dk, dv, dg, *_ = _gradients(op, (q, k, v, _vary(g, q), s_in, None, ()), do, r_in)
     if checked:
         dg = lax.psum(dg, tuple(_varying(dg) - _varying(g)))
     return dq, dk, dv, dg, None if s0 is None else ds0 if checked else ds0 / devices
@@ -2632,19 +2314,11 @@ _attend_across.defvjp(_across_fwd, _across_bwd)
 def _exchange(op, axes, k, v, g, s0):
     """The state that this device's tokens start from, and the final state of the whole sequence, which all devices have."""
     own = _attend(
-        dataclasses.replace(op, only_state=True, final_state=True),
-        k,
-        k,
-        v,
-        _vary(g, k),
-        None,
-        None,
+        dataclasses.replace(op, only_state=True, final_state=True), k, k, v, _vary(g, k), None, None
     )[1]
     spec = _spec(own)
     return _in_auto_mode(
-        functools.partial(_states_around, op, axes, k.shape[1]),
-        (own, g, s0),
-        (spec, spec),
+        functools.partial(_states_around, op, axes, k.shape[1]), (own, g, s0), (spec, spec)
     )
 
 
@@ -2675,123 +2349,248 @@ def _states_around(op, axes, T, own, g, s0):
     return after(rank), after(devices)
 
 
-# Checks --------------------------------------------------------------------------------------------
-
+# Checks -------------------------------------------------------------------------------------------
 #
 # Messages are "argument: expected ..., got ...". A check of values must not wait for a device while
 # something is traced: it looks only at values that are at hand.
 
 
-def _check(q, k, v, layer_idx, num_layers, scale, s0, reverse, cu, g):
-    """Raises for wrong arguments; returns q, k, v, g [H], the scale as a float, initial states and int32 boundaries."""
-    q = _array(
-        "query", q, ("batch", "seq_len", "num_heads", "qk_head_dim"), jnp.floating
-    )
+def _operands(query, key, value):
+    """q, k and v, checked."""
+    q = _array("query", query, ("batch", "seq_len", "num_heads", "qk_head_dim"), jnp.floating)
     B, T, H, K = q.shape
-    k = _array("key", k, (B, T, "num_kv_heads", K), jnp.floating)
-    v = _array("value", v, (B, T, k.shape[2], "v_head_dim"), jnp.floating)
-    V = v.shape[3]
+    k = _array("key", key, (B, T, "num_kv_heads", K), jnp.floating)
+    v = _array("value", value, (B, T, k.shape[2], "v_head_dim"), jnp.floating)
+    heads, V = k.shape[2], v.shape[3]
     if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
-        raise TypeError(
-            f"query: expected float32, bfloat16, float16 or float64, got {q.dtype}"
-        )
+        raise TypeError(f"query: expected float32, bfloat16, float16 or float64, got {q.dtype}")
     for name, x in ("key", k), ("value", v):
         if x.dtype != q.dtype:
-            raise TypeError(
-                f"{name}: expected the dtype of query, {q.dtype}, got {x.dtype}"
-            )
-    if not all(isinstance(d, int) for d in (H, K, k.shape[2], V)):
+            raise TypeError(f"{name}: expected the dtype of query, {q.dtype}, got {x.dtype}")
+    if not all(isinstance(d, int) for d in (H, K, heads, V)):
         raise ValueError(
-            f"query: expected num_heads and head dims that are numbers, got {q.shape}, {k.shape} and {v.shape}"
+            "query: expected num_heads and head dims that are numbers, "
+            f"got {q.shape}, {k.shape} and {v.shape}"
         )
-    if H == 0 or k.shape[2] == 0 or H % k.shape[2]:
-        raise ValueError(
-            f"key: expected num_kv_heads to divide num_heads, got {k.shape[2]} and {H}"
-        )
+    if H == 0 or heads == 0 or H % heads:
+        raise ValueError(f"key: expected num_kv_heads to divide num_heads, got {heads} and {H}")
     for name, d in ("query", K), ("value", V):
         if not 1 <= d <= 512:
             raise ValueError(f"{name}: expected a head dim from 1 to 512, got {d}")
-    if not isinstance(T, int):  # jax.export
-        try:
-            long = bool(T >= 64)
-        except jax.errors.InconclusiveDimensionOperation:
-            long = False
-        if not long:
-            raise ValueError(
-                f"query: expected a symbolic seq_len that is known to be 64 or more, got {T}: "
-                f'jax.export.symbolic_shape(..., constraints=["{T} >= 64"])'
-            )
+    if not isinstance(T, int):
+        _symbolic_length(T)
     elif T > 2**30:
         raise ValueError(f"query: expected seq_len of at most 2**30, got {T}")
+    return q, k, v
 
-    state_dtype = jnp.promote_types(q.dtype, jnp.float32)
-    if g is not None and (layer_idx is not None or num_layers is not None):
+
+def _symbolic_length(T):
+    """Raises where a symbolic length, of a `jax.export`, may be shorter than a chunk."""
+    try:
+        long = bool(T >= CHUNK)
+    except jax.errors.InconclusiveDimensionOperation:
+        long = False
+    if not long:
         raise ValueError(
-            "g_gamma: expected either g_gamma or layer_idx and num_layers, got both"
+            f"query: expected a symbolic seq_len that is known to be {CHUNK} or more, got {T}: "
+            f'jax.export.symbolic_shape(..., constraints=["{T} >= {CHUNK}"])'
         )
-    if g is None:
-        g = lightning_g_gamma(H, layer_idx, num_layers, state_dtype)
+
+
+def _log_decays(q, layer_idx, num_layers, g_gamma):
+    """The log decay of each head, [H]."""
+    _, T, H, _ = q.shape
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    if g_gamma is None:
+        g = lightning_g_gamma(H, layer_idx, num_layers, dtype)
+    elif layer_idx is not None or num_layers is not None:
+        raise ValueError("g_gamma: expected either g_gamma or layer_idx and num_layers, got both")
     else:
-        given, g = g, _array("g_gamma", g, (H,), jnp.floating, _swapped(g, 0, T, H))
-        if (value := _known(given)) is not None and not (value <= 0).all():
+        g = _array("g_gamma", g_gamma, (H,), jnp.floating, _swapped(g_gamma, 0, T, H))
+        if (value := _known(g_gamma)) is not None and not (value <= 0).all():
             raise ValueError(f"g_gamma: expected log decays <= 0, got {value.max()}")
-    # What could not be checked must not grow. (jnp.minimum would halve the gradient of those that are 0.)
+    # Decays that could not be checked must not grow. (jnp.minimum would halve the gradient at 0.)
     g = jnp.where(g > 0, 0, g)
-    g = jnp.maximum(
-        g.astype(state_dtype), -1e5
-    )  # e^g is 0 from far before; -inf would give NaN where no token is between
+    # e^g is 0 from far before -1e5 on; -inf times a distance of 0 would be NaN
+    return jnp.maximum(g.astype(dtype), -1e5)
 
-    scale = _scale(scale, K)
-    if not isinstance(
-        scale, float
-    ):  # kernels take a number: a traced scale goes into the query
-        q, scale = q * lax.convert_element_type(scale, q.dtype), 1.0
-    _static("reverse", reverse)
 
+def _layer(layer_idx, num_layers):
+    """`layer_idx` and `num_layers`, checked: as ints where their values are at hand."""
+    x = layer_idx
+    if isinstance(x, (jax.Array, np.ndarray)) and jnp.issubdtype(x.dtype, jnp.floating) and x.ndim:
+        raise TypeError(
+            f"layer_idx: expected an integer, got an array of {x.dtype} and shape {x.shape}: "
+            "log decays are given by name, as g_gamma="
+        )
+    for name, x in ("layer_idx", layer_idx), ("num_layers", num_layers):
+        if x is None:
+            raise ValueError(
+                f"{name}: expected both layer_idx and num_layers where g_gamma is not given, "
+                "got None"
+            )
+    layer_idx, num_layers = _integer("layer_idx", layer_idx), _integer("num_layers", num_layers)
+    known = type(num_layers) is int
+    if known and not 1 <= num_layers < 2**31:
+        raise ValueError(f"num_layers: expected 1 to 2**31 - 1, got {num_layers}")
+    if type(layer_idx) is int and not 0 <= layer_idx < (num_layers if known else 2**31):
+        raise ValueError(
+            f"layer_idx: expected 0 to num_layers - 1, got {layer_idx} of "
+            f"{num_layers if known else 'traced'}"
+        )
+    return layer_idx, num_layers
+
+
+def _scaled(q, softmax_scale):
+    """q and a scale that is a float. Kernels take a number, so a traced scale goes into q."""
+    scale = _scale(softmax_scale, q.shape[3])
+    if isinstance(scale, float):
+        return q, scale
+    return q * lax.convert_element_type(scale, q.dtype), 1.0
+
+
+def _scale(scale, K):
+    """The scale as a float, or as the scalar array that came where its value is not at hand."""
+    if scale is None:
+        return K**-0.5
+    if isinstance(scale, (jax.Array, np.ndarray)) and scale.shape != ():
+        raise ValueError(f"softmax_scale: expected a scalar, got shape {scale.shape}")
+    if not (_is_number(scale, jnp.floating) or _is_number(scale, jnp.integer)):
+        raise TypeError(f"softmax_scale: expected a real number, got {scale!r}")
+    if isinstance(scale, int):  # of any size: too large ones are infinite
+        return _scale(float(scale) if abs(scale) < 2**200 else math.inf, K)
+    if (value := _known(scale)) is None:
+        return scale
+    value, normal = float(value), jnp.finfo(jnp.float32)
+    # Kernels compute with it as a float32, and some flush what is not a normal number.
+    if not (value == 0 or float(normal.tiny) <= abs(value) <= float(normal.max)):
+        raise ValueError(f"softmax_scale: expected 0 or a normal number of float32, got {value!r}")
+    return value
+
+
+def _boundaries(cu, q):
+    """`cu_seqlens` as int32 or None, checked where its values are at hand."""
+    if cu is None:
+        return None
+    B, T = q.shape[:2]
+    if isinstance(cu, (list, tuple)):
+        cu = _listed(cu)
+    # Its values are read before they become int32, which would wrap large ones.
+    array = _array("cu_seqlens", cu, ("num_seqs + 1",), jnp.integer)
+    if B != 1:
+        raise ValueError(f"cu_seqlens: expected a batch of 1 to hold the packed sequences, got {B}")
+    if isinstance(array.shape[0], int) and array.shape[0] < 2:
+        raise ValueError(f"cu_seqlens: expected at least 2 boundaries, got {array.shape[0]}")
+    if (value := _known(cu)) is not None:
+        _known_boundaries(value, T)
+        return array.astype(jnp.int32)
+    # Traced values past the end stay past the end as int32, and negative ones negative.
+    if jnp.iinfo(array.dtype).max > 2**31 - 1:
+        low, high = max(jnp.iinfo(array.dtype).min, -1), 2**31 - 1
+        array = jnp.clip(array, jnp.asarray(low, array.dtype), jnp.asarray(high, array.dtype))
+    return array.astype(jnp.int32)
+
+
+def _listed(cu):
+    """Boundaries in a list as numpy."""
+    if any(isinstance(x, jax.core.Tracer) for x in cu):
+        raise TypeError(
+            "cu_seqlens: expected an array or a list of numbers, got a list with a traced value: "
+            "write jnp.array([...]) or jnp.stack([...])"
+        )
+    for x in cu:
+        scalar = _is_number(x, jnp.integer) and np.shape(x) == ()
+        if not scalar or type(x) is int and abs(x) >= 2**63:
+            raise TypeError(f"cu_seqlens: expected integers, got {cu!r}")
+    return np.array([int(x) for x in cu], np.int64)
+
+
+def _known_boundaries(value, T):
+    """Raises for boundaries that T tokens cannot have."""
+    value = [int(x) for x in value]
+    shown = np.asarray(value)
+    if value[0] != 0:
+        lengths = min(value) >= 0 and sum(value) == T
+        hint = ". These look like lengths: it takes boundaries, not lengths" if lengths else ""
+        raise ValueError(f"cu_seqlens: expected to start at 0, got {value[0]} in {shown}{hint}")
+    if any(a > b for a, b in itertools.pairwise(value)):
+        raise ValueError(f"cu_seqlens: expected boundaries that do not decrease, got {shown}")
+    if value[-1] > T:
+        raise ValueError(f"cu_seqlens: expected boundaries up to seq_len, {T}, got {value[-1]}")
+
+
+def _initial_state(s0, q, v, cu):
+    """The initial states in the dtype of states, or None."""
+    if s0 is None:
+        return None
+    (B, T, H, K), V = q.shape, v.shape[3]
     n, count = B, "the batch"
     if cu is not None:
-        cu = _boundaries(cu, B, T)
         n, count = cu.shape[0] - 1, "the number of packed sequences"
-    if s0 is not None:
-        if getattr(s0, "shape", ())[1:] == (H, K, V) and s0.shape[0] != n:
-            raise ValueError(
-                f"initial_state: expected {n} states, {count}, got {s0.shape[0]}"
-            )
-        s0 = _array(
-            "initial_state", s0, (n, H, K, V), jnp.floating, _swapped(s0, 1, T, H)
-        ).astype(state_dtype)
-    return q, k, v, g, scale, s0, cu
+    if getattr(s0, "shape", ())[1:] == (H, K, V) and s0.shape[0] != n:
+        raise ValueError(f"initial_state: expected {n} states, {count}, got {s0.shape[0]}")
+    s0 = _array("initial_state", s0, (n, H, K, V), jnp.floating, _swapped(s0, 1, T, H))
+    return s0.astype(jnp.promote_types(q.dtype, jnp.float32))
 
 
-def _known(x):
-    """`x` as numpy where its values are at hand, else None.
-
-    They are not where `x` is traced, where some of it lies on other hosts, and where `x` lies on a
-    device while something else is traced.
-    """
-    if not isinstance(x, jax.Array):
-        return np.asarray(x)
-    if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
-        return None
-    # An operation on a concrete array gives a tracer where a jit is being traced.
-    return None if isinstance(lax.neg(x), jax.core.Tracer) else jax.device_get(x)
-
-
-def _array(name, x, shape, dtype_kind, hint=""):
-    """`x` as a JAX array of that shape ("batch" etc. name a free size) and kind of dtype, or an error that says what came."""
-    if not isinstance(x, (jax.Array, np.ndarray)):
-        raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
-    if len(x.shape) != len(shape) or any(
-        not isinstance(want, str) and want != got for want, got in zip(shape, x.shape)
-    ):
+def _backend(backend, q, cu):
+    """The backend, checked: "xla" where there are no kernels for this call."""
+    if not (backend is None or isinstance(backend, str) and backend in ("triton", "xla")):
+        raise ValueError(f'backend: expected None, "triton" or "xla", got {backend!r}')
+    if backend == "triton" and triton is None:
         raise ValueError(
-            f"{name}: expected shape [{', '.join(map(str, shape))}], got {tuple(x.shape)}{hint}"
+            'backend="triton" needs jax-triton and triton, which cannot be used here: '
+            f"{_unfit or 'not installed'}. They need Linux, Python >= 3.12 and: {_INSTALL}"
         )
-    if not jnp.issubdtype(x.dtype, dtype_kind):
+    arch = _gpu()[0] if _gpu() else None
+    # Before sm_80 GPUs lack Triton's matrix products: its code spills, and wants twice their shared
+    # memory.
+    old = arch is not None and arch.startswith("sm_") and int(arch[3:]) < 80
+    if backend == "triton" and (arch is None or old):
+        raise ValueError(
+            'backend: expected None or "xla" where there is no GPU for the kernels (NVIDIA from '
+            f'sm_80 on, AMD), got "triton" and {arch or jax.default_backend()}'
+        )
+    if triton is None or q.dtype == jnp.float64 or old:
+        return "xla"
+    sizes = *q.shape, *(() if cu is None else cu.shape)
+    if backend != "xla" and not all(isinstance(d, int) for d in sizes):
+        raise ValueError(
+            'backend: expected "xla" for symbolic shapes (jax.export), because kernels are '
+            f"launched for shapes that are numbers, got {backend!r}"
+        )
+    return backend
+
+
+def _axes(seq_axis, cu):
+    """`seq_axis` as a tuple of names, or None."""
+    if seq_axis is None:
+        return None
+    if cu is not None:
+        raise ValueError(
+            "seq_axis: expected None with cu_seqlens, because a pack cannot be cut inside its "
+            f"sequences; got {seq_axis!r}. Give each device whole sequences instead: a pack of its "
+            "own in shard_map"
+        )
+    axes = seq_axis if isinstance(seq_axis, tuple) else (seq_axis,)
+    if not (axes and all(isinstance(name, str) for name in axes)):
         raise TypeError(
-            f"{name}: expected {'integers' if dtype_kind is jnp.integer else 'floating point'}, got {x.dtype}"
+            "seq_axis: expected the name of an axis of a shard_map around this call, "
+            f"got {seq_axis!r}"
         )
-    return jnp.asarray(x)
+    if not set(axes) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        raise ValueError(
+            f"seq_axis: expected an axis of a shard_map around this call, got {seq_axis!r}"
+        )
+    return axes
+
+
+def _static(name, x):
+    """Raises where `x` is not a bool."""
+    if not isinstance(x, (bool, np.bool_)):
+        traced = isinstance(x, jax.core.Tracer)
+        hint = ": it is static, so a jit must not trace it (static_argnames)" if traced else ""
+        raise TypeError(f"{name}: expected True or False, got {x!r}{hint}")
 
 
 def _is_number(x, kind):
@@ -2813,127 +2612,40 @@ def _integer(name, x):
     return x if value is None else int(value)
 
 
-def _layer(layer_idx, num_layers):
-    """`layer_idx` and `num_layers`, checked: as ints where their values are at hand."""
-    if (
-        isinstance(layer_idx, (jax.Array, np.ndarray))
-        and jnp.issubdtype(layer_idx.dtype, jnp.floating)
-        and layer_idx.ndim
-    ):
-        raise TypeError(
-            f"layer_idx: expected an integer, got an array of {layer_idx.dtype} and shape {layer_idx.shape}: "
-            "log decays are given by name, as g_gamma="
-        )
-    for name, x in ("layer_idx", layer_idx), ("num_layers", num_layers):
-        if x is None:
-            raise ValueError(
-                f"{name}: expected both layer_idx and num_layers where g_gamma is not given, got None"
-            )
-    layer_idx, num_layers = (
-        _integer("layer_idx", layer_idx),
-        _integer("num_layers", num_layers),
-    )
-    known = type(num_layers) is int
-    if known and not 1 <= num_layers < 2**31:
-        raise ValueError(f"num_layers: expected 1 to 2**31 - 1, got {num_layers}")
-    if type(layer_idx) is int and not 0 <= layer_idx < (num_layers if known else 2**31):
-        raise ValueError(
-            f"layer_idx: expected 0 to num_layers - 1, got {layer_idx} of {num_layers if known else 'traced'}"
-        )
-    return layer_idx, num_layers
+def _array(name, x, shape, kind, hint=""):
+    """`x` as a JAX array of that shape, where "batch" etc. name a free size, and kind of dtype."""
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
+    fixed = [(want, got) for want, got in zip(shape, x.shape) if not isinstance(want, str)]
+    if len(x.shape) != len(shape) or any(want != got for want, got in fixed):
+        shape = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: expected shape [{shape}], got {tuple(x.shape)}{hint}")
+    if not jnp.issubdtype(x.dtype, kind):
+        kind = "integers" if kind is jnp.integer else "floating point"
+        raise TypeError(f"{name}: expected {kind}, got {x.dtype}")
+    return jnp.asarray(x)
 
 
-def _scale(scale, K):
-    """The scale as a float, or as the scalar array that came where its value is not at hand."""
-    if scale is None:
-        return K**-0.5
-    if isinstance(scale, (jax.Array, np.ndarray)) and scale.shape != ():
-        raise ValueError(f"softmax_scale: expected a scalar, got shape {scale.shape}")
-    if not (_is_number(scale, jnp.floating) or _is_number(scale, jnp.integer)):
-        raise TypeError(f"softmax_scale: expected a real number, got {scale!r}")
-    if isinstance(scale, int):  # of any size: too large ones are infinite
-        return _scale(float(scale) if abs(scale) < 2**200 else math.inf, K)
-    if (value := _known(scale)) is None:
-        return scale
-    value, normal = float(value), jnp.finfo(jnp.float32)
-    # Kernels compute with it as a float32, and some flush what is not a normal number.
-    if not (value == 0 or float(normal.tiny) <= abs(value) <= float(normal.max)):
-        raise ValueError(
-            f"softmax_scale: expected 0 or a normal number of float32, got {value!r}"
-        )
-    return value
+def _known(x):
+    """`x` as numpy where its values are at hand, else None.
 
-
-def _static(name, x):
-    """Raises where `x` is not a bool."""
-    if not isinstance(x, (bool, np.bool_)):
-        traced = isinstance(x, jax.core.Tracer)
-        hint = (
-            ": it is static, so a jit must not trace it (static_argnames)"
-            if traced
-            else ""
-        )
-        raise TypeError(f"{name}: expected True or False, got {x!r}{hint}")
-
-
-def _boundaries(cu, B, T):
-    """`cu_seqlens` as int32, checked where its values are at hand."""
-    if isinstance(cu, (list, tuple)):
-        if any(isinstance(x, jax.core.Tracer) for x in cu):
-            raise TypeError(
-                "cu_seqlens: expected an array or a list of numbers, got a list with a traced value: "
-                "write jnp.array([...]) or jnp.stack([...])"
-            )
-        if not all(
-            _is_number(x, jnp.integer)
-            and np.shape(x) == ()
-            and (type(x) is not int or abs(x) < 2**63)
-            for x in cu
-        ):
-            raise TypeError(f"cu_seqlens: expected integers, got {cu!r}")
-        cu = np.array([int(x) for x in cu], np.int64)
-    # Its values are read before they become int32, which would wrap large ones.
-    array = _array("cu_seqlens", cu, ("num_seqs + 1",), jnp.integer)
-    if B != 1:
-        raise ValueError(
-            f"cu_seqlens: expected a batch of 1 to hold the packed sequences, got {B}"
-        )
-    if isinstance(array.shape[0], int) and array.shape[0] < 2:
-        raise ValueError(
-            f"cu_seqlens: expected at least 2 boundaries, got {array.shape[0]}"
-        )
-    if (value := _known(cu)) is not None:
-        value = [int(x) for x in value]
-        if value[0] != 0:
-            lengths = min(value) >= 0 and sum(value) == T
-            hint = (
-                ". These look like lengths: it takes boundaries, not lengths"
-                if lengths
-                else ""
-            )
-            raise ValueError(
-                f"cu_seqlens: expected to start at 0, got {value[0]} in {np.asarray(value)}{hint}"
-            )
-        if any(a > b for a, b in zip(value, value[1:])):
-            raise ValueError(
-                f"cu_seqlens: expected boundaries that do not decrease, got {np.asarray(value)}"
-            )
-        if value[-1] > T:
-            raise ValueError(
-                f"cu_seqlens: expected boundaries up to seq_len, {T}, got {value[-1]}"
-            )
-        return array.astype(jnp.int32)
-    # Traced values past the end stay past the end as int32, and negative ones negative.
-    if jnp.iinfo(array.dtype).max > 2**31 - 1:
-        low, high = max(jnp.iinfo(array.dtype).min, -1), 2**31 - 1
-        array = jnp.clip(
-            array, jnp.asarray(low, array.dtype), jnp.asarray(high, array.dtype)
-        )
-    return array.astype(jnp.int32)
+    They are not where `x` is traced, where some of it lies on other hosts, and where `x` lies on a
+    device while something else is traced.
+    """
+    if not isinstance(x, jax.Array):
+        return np.asarray(x)
+    if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
+        return None
+    # An operation on a concrete array gives a tracer where a jit is being traced.
+    return None if isinstance(lax.neg(x), jax.core.Tracer) else jax.device_get(x)
 
 
 def _swapped(x, axis, T, H):
-    """What to add to a message where `x` has as many heads, along `axis`, as there are tokens: query is [B, H, T, D] then."""
+    """What to add to a message where `x` has as many heads, along `axis`, as query has tokens:
+    query is [B, H, T, D] then."""
     if getattr(x, "shape", ())[axis : axis + 1] != (T,) or T == H:
         return ""
-    return f". query is [batch, seq_len, num_heads, head_dim], so here seq_len is {T} and num_heads {H}"
+    return (
+        ". query is [batch, seq_len, num_heads, head_dim], so here "
+        f"seq_len is {T} and num_heads {H}"
+    )
