@@ -507,16 +507,16 @@ def _columns(op, work):
 
 
 def _load_chunks(x, chunks, C, B, H, packed):
-    """Tokens of x [B | 1, T, Hx, D] in chunks as [B, N, H, C, D]: 0 where no sequence has tokens."""
-    (rows, _, Hx, D), N, i = x.shape, chunks.first.shape[1], jnp.arange(C)
+    """Tokens of x [B | 1, T, Hx, X] in chunks as [B, N, H, C, X]: 0 where no sequence has any."""
+    (rows, _, Hx, X), N, i = x.shape, chunks.first.shape[1], jnp.arange(C)
     if packed:
         x = _rows_at(x, chunks.first[..., None] + i)
         x = jnp.where((i < chunks.valid[..., None])[..., None, None], x, 0)
     else:  # padded with zeros to whole groups
         x = lax.dynamic_slice_in_dim(x, chunks.first[0, 0], N * C, 1)
-        x = x.reshape(rows, N, C, Hx, D)
+        x = x.reshape(rows, N, C, Hx, X)
     x = jnp.repeat(x.swapaxes(2, 3), H // Hx, axis=2)
-    return jnp.broadcast_to(x, (B, N, H, C, D))
+    return jnp.broadcast_to(x, (B, N, H, C, X))
 
 
 def _whole_groups(x, works, C, packed):
@@ -861,18 +861,14 @@ def _tables(T, cu, *rest):
 # o^T = S^T q^T as it is, and only the scores [C, C] go through shared memory.
 #
 # Head dims above 128 are scanned in parts of the keys, one after another: the scan is linear in
-# them, and each part adds to the outputs. A program rereads only outputs that its own threads wrote,
-# so no launch depends on what XLA does with the memory between launches. An array that a launch may
-# change in place (`_launch`) is passed twice, as an input and as an output: a kernel is right where
-# they are one array, and where they are two.
+# them, and each part adds to the outputs. A program rereads only outputs that its own threads
+# wrote, so no launch depends on what XLA does with the memory between launches. An array that a
+# launch may change in place (`_launch`) is passed twice, as an input and as an output: a kernel is
+# right where they are one array, and where they are two.
 
 if triton:
-    _kernel, _gluon, _constant, _layout = (
-        triton.jit,
-        gluon.jit,
-        tl.constexpr,
-        triton.constexpr_function,
-    )
+    _kernel, _gluon = triton.jit, gluon.jit
+    _constant, _layout = tl.constexpr, triton.constexpr_function
 else:
     _kernel = _gluon = _constant = _layout = lambda x: x
 
@@ -1055,13 +1051,13 @@ def _leave(
 
 
 @_kernel
-def _load(x, t, valid, stride, column, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+def _load(x, t, valid, stride, column, C: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr):
     """Rows t .. t+C and columns column .. column+BD of x, whose rows are `stride` apart, as
-    [C, BD]: 0 outside of [valid, D]."""
+    [C, BD]: 0 outside of [valid, DIM]."""
     row, col = tl.arange(0, C)[:, None], tl.arange(0, BD)[None, :]
     inside = (t + row >= 0) & (t + row < valid)
-    if D % BD != 0:
-        inside = inside & (column + col < D)
+    if DIM % BD != 0:
+        inside = inside & (column + col < DIM)
     at = x + (t.to(tl.int64) * stride + column) + row * stride + col
     return tl.load(at, mask=inside, other=0.0)
 
@@ -1259,8 +1255,8 @@ def _scan_kernel(
 #               is filled again only when every warp is past its chunk.
 #     products  scores P = k q^T and outputs O = S^T q^T start together. O is summed while P is
 #               decayed and stored; then O += v^T P and S' = e^{gm} S + v^T k start together.
-#     outputs   are transposed in shared memory, so that stores are coalesced, and stored while S' is
-#               summed.
+#     outputs   O is transposed in shared memory, so that stores are coalesced, and stored while S'
+#               is summed.
 #
 # Each warp owns 16 rows of S^T. DUAL: the kernel also scans with the transposed state, which it has
 # anyway: y_i = scale S_i w_i, where k and v change places. One square tile must then hold all of K
@@ -1310,15 +1306,15 @@ def _multiply(x, scores, S, D, eq, ek, eS, LO: gl.constexpr, LP: gl.constexpr):
     AS: gl.constexpr = gl.DotOperandLayout(0, S.type.layout, 2)
     qt = x.q.permute((1, 0))
     Sb = gl.convert_layout(S.to(dtype), AO)
-    zero = gl.full([C, C], 0.0, gl.float32, LP)
-    P = hopper.warpgroup_mma(x.k, qt, zero, use_acc=False, is_async=True)  # [C, BK] x [BK, C]
-    zero = gl.full([BV, C], 0.0, gl.float32, LO)
-    O = hopper.warpgroup_mma(Sb, qt, zero, use_acc=False, is_async=True)  # [BV, BK] x [BK, C]
-    P = hopper.warpgroup_mma_wait(1, [P])
+    zero_p = gl.full([C, C], 0.0, gl.float32, LP)
+    zero_o = gl.full([BV, C], 0.0, gl.float32, LO)
+    P = hopper.warpgroup_mma(x.k, qt, zero_p, use_acc=False, is_async=True)  # [C, BK] x [BK, C]
+    O = hopper.warpgroup_mma(Sb, qt, zero_o, use_acc=False, is_async=True)  # [BV, BK] x [BK, C]
+    P = hopper.warpgroup_mma_wait(1, [P])  # O is still being summed
     scores.store((P * D).to(dtype))
     vt, vw = _decayed_values(x.v, ek, dtype, AS)
     vt = gl.convert_layout(vt, AO)
-    O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
+    O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])  # before O is scaled
     gl.barrier()  # all warps have stored their scores (the compiler fences them)
     O = hopper.warpgroup_mma(vt, scores, O * eq[None, :], is_async=True)  # [BV, C] x [C, C]
     S = hopper.warpgroup_mma(vw, x.k, S * eS, is_async=True)  # [BV, C] x [C, BK]
@@ -1335,62 +1331,74 @@ def _multiply_dual(x, scores, w_scores, Sb, S, D, eq, ek, eS, LO: gl.constexpr, 
     AS: gl.constexpr = gl.DotOperandLayout(0, S.type.layout, 2)
     qt = x.q.permute((1, 0))
     wt = x.w.permute((1, 0))
-    P = hopper.warpgroup_mma(
-        x.k, qt, gl.full([C, C], 0.0, gl.float32, LP), use_acc=False, is_async=True
-    )
-    O = hopper.warpgroup_mma(
-        Sb, qt, gl.full([BV, C], 0.0, gl.float32, LO), use_acc=False, is_async=True
-    )
-    P = hopper.warpgroup_mma_wait(1, [P])
+    zero_p = gl.full([C, C], 0.0, gl.float32, LP)
+    zero_o = gl.full([BV, C], 0.0, gl.float32, LO)
+    P = hopper.warpgroup_mma(x.k, qt, zero_p, use_acc=False, is_async=True)  # [C, BK] x [BK, C]
+    O = hopper.warpgroup_mma(Sb, qt, zero_o, use_acc=False, is_async=True)  # [BV, BK] x [BK, C]
+    P = hopper.warpgroup_mma_wait(1, [P])  # O is still being summed
     scores.store((P * D).to(dtype))
-    P = hopper.warpgroup_mma(
-        x.v, wt, gl.full([C, C], 0.0, gl.float32, LP), use_acc=False, is_async=True
-    )
-    Y = hopper.warpgroup_mma(
-        Sb.permute((1, 0)), wt, gl.full([BV, C], 0.0, gl.float32, LO), use_acc=False, is_async=True
-    )
-    O, P = hopper.warpgroup_mma_wait(1, [O, P])
+    P = hopper.warpgroup_mma(x.v, wt, zero_p, use_acc=False, is_async=True)  # [C, BV] x [BV, C]
+    St = Sb.permute((1, 0))
+    Y = hopper.warpgroup_mma(St, wt, zero_o, use_acc=False, is_async=True)  # [BK, BV] x [BV, C]
+    O, P = hopper.warpgroup_mma_wait(1, [O, P])  # Y is still being summed
     w_scores.store((P * D).to(dtype))
     vt, vw = _decayed_values(x.v, ek, dtype, AS)
     gl.barrier()  # all warps have stored their scores (the compiler fences them)
-    O = hopper.warpgroup_mma(x.v.permute((1, 0)), scores, O * eq[None, :], is_async=True)
-    Y = hopper.warpgroup_mma_wait(1, [Y])
-    Y = hopper.warpgroup_mma(x.k.permute((1, 0)), w_scores, Y * eq[None, :], is_async=True)
-    S = hopper.warpgroup_mma(vw, x.k, S * eS, is_async=True)
+    vt, kt = x.v.permute((1, 0)), x.k.permute((1, 0))
+    O = hopper.warpgroup_mma(vt, scores, O * eq[None, :], is_async=True)  # [BV, C] x [C, C]
+    Y = hopper.warpgroup_mma_wait(1, [Y])  # before it is scaled; O is being summed again
+    Y = hopper.warpgroup_mma(kt, w_scores, Y * eq[None, :], is_async=True)  # [BK, C] x [C, C]
+    S = hopper.warpgroup_mma(vw, x.k, S * eS, is_async=True)  # [BV, C] x [C, BK]
     return O, Y, S, vw
 
 
 @_layout
-def _coalesced(BD, W):
-    """How W warps hold [C, BD] such that whole rows are loaded and stored."""
-    return gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [W, 1], [1, 0])
+def _coalesced(BD, WARPS):
+    """How WARPS warps hold [C, BD] such that whole rows are loaded and stored."""
+    return gl.BlockedLayout([1, 8], [256 // BD, BD // 8], [WARPS, 1], [1, 0])
 
 
 @_gluon
 def _rows(
-    x, t, valid, stride, column, D: gl.constexpr, C: gl.constexpr, BD: gl.constexpr, W: gl.constexpr
+    x,
+    t,
+    valid,
+    stride,
+    column,
+    DIM: gl.constexpr,
+    C: gl.constexpr,
+    BD: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
     """Pointers to rows t .. t+C and columns column .. column+BD of x, whose rows are `stride`
-    apart, as [C, BD], and a mask of those inside [valid, D]."""
-    layout: gl.constexpr = _coalesced(BD, W)
+    apart, as [C, BD], and a mask of those inside [valid, DIM]."""
+    layout: gl.constexpr = _coalesced(BD, WARPS)
     row = t + gl.arange(0, C, gl.SliceLayout(1, layout))[:, None]
     col = column + gl.arange(0, BD, gl.SliceLayout(0, layout))[None, :]
-    return x + row.to(gl.int64) * stride + col, (row >= 0) & (row < valid) & (col < D)
+    return x + row.to(gl.int64) * stride + col, (row >= 0) & (row < valid) & (col < DIM)
 
 
 @_gluon
 def _read(
-    x, t, valid, stride, column, D: gl.constexpr, C: gl.constexpr, BD: gl.constexpr, W: gl.constexpr
+    x,
+    t,
+    valid,
+    stride,
+    column,
+    DIM: gl.constexpr,
+    C: gl.constexpr,
+    BD: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
-    at, inside = _rows(x, t, valid, stride, column, D, C, BD, W)
+    at, inside = _rows(x, t, valid, stride, column, DIM, C, BD, WARPS)
     return gl.load(at, mask=inside, other=0.0)
 
 
 @_gluon
-def _clear(x, t, valid, W: gl.constexpr):
+def _clear(x, t, valid, WARPS: gl.constexpr):
     """Sets rows of a chunk in shared memory, which starts at t, to 0 outside of [0, valid]."""
     C: gl.constexpr = x.shape[0]
-    layout: gl.constexpr = _coalesced(x.shape[1], W)
+    layout: gl.constexpr = _coalesced(x.shape[1], WARPS)
     row = t + gl.arange(0, C, gl.SliceLayout(1, layout))[:, None]
     chunk = x.load(layout)
     x.store(gl.where((row >= 0) & (row < valid), chunk, 0.0))
@@ -1406,16 +1414,16 @@ def _put(
     tokens,
     stride,
     column,
-    D: gl.constexpr,
-    W: gl.constexpr,
+    DIM: gl.constexpr,
+    WARPS: gl.constexpr,
     ADD: gl.constexpr,
 ):
     """Stores O^T, plus `old` if ADD, through a buffer [C, BD]."""
     C: gl.constexpr = buffer.shape[0]
     BD: gl.constexpr = buffer.shape[1]
-    at, inside = _rows(o, t, tokens, stride, column, D, C, BD, W)
+    at, inside = _rows(o, t, tokens, stride, column, DIM, C, BD, WARPS)
     buffer.permute((1, 0)).store(O.to(buffer.dtype))
-    out = buffer.load(_coalesced(BD, W))
+    out = buffer.load(_coalesced(BD, WARPS))
     if ADD:
         out = (out.to(gl.float32) + old.to(gl.float32)).to(out.dtype)
     gl.store(at, out, mask=inside)
@@ -1448,11 +1456,13 @@ def _hopper_kernel(
 ):
     """The steps of `_scan_kernel`, by the schedule above. qd, kd, vd and wd describe the arrays of
     the operands as [B T, heads, head dim]."""
-    W: gl.constexpr = BV // 16  # warps
-    LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BK, 16])  # S^T [BV, BK]
-    LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, C, 16])  # o^T [BV, C], y^T
+    WARPS: gl.constexpr = BV // 16
+    # S^T [BV, BK]: 16 rows for each warp
+    LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
+    # o^T [BV, C] and y^T [BK, C]
+    LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, C, 16])
     # scores [C, C]: four warps along the keys, the others along the queries
-    LP: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, W // 4], [16, 4 * C // W, 16])
+    LP: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 4 * C // WARPS, 16])
     NK: gl.constexpr = (K + BK - 1) // BK
     NV: gl.constexpr = (V + BV - 1) // BV
     p = _Params(*params)
@@ -1519,11 +1529,8 @@ def _hopper_kernel(
             _fetch(arrays, buffers, full, i, t + i * forth, rows, heads, k_column, v_column, DUAL)
 
         scale_q, scale_k = _scales(p.scale, post)
-        query, key = (
-            gl.arange(0, C, gl.SliceLayout(0, LP)),
-            gl.arange(0, C, gl.SliceLayout(1, LP)),
-        )
-        far = turn * (query[None, :] - key[:, None])  # [j, i]
+        key, query = gl.SliceLayout(1, LP), gl.SliceLayout(0, LP)
+        far = turn * (gl.arange(0, C, query)[None, :] - gl.arange(0, C, key)[:, None])  # [j, i]
         first_rank = (C - 1) * reverse
         rank_q = first_rank + turn * gl.arange(0, C, gl.SliceLayout(0, LO))
         keys: gl.constexpr = gl.SliceLayout(0, gl.DotOperandLayout(0, LS, 2))
@@ -1542,11 +1549,11 @@ def _hopper_kernel(
             if c < fetched:
                 hopper.mbarrier.wait(full.index(stage), phase)
             if (c + 1) * C > work.valid:  # tokens of other sequences, or of none, count as zeros
-                _clear(x.q, t, work.valid, W)
-                _clear(x.k, t, work.valid, W)
-                _clear(x.v, t, work.valid, W)
+                _clear(x.q, t, work.valid, WARPS)
+                _clear(x.k, t, work.valid, WARPS)
+                _clear(x.v, t, work.valid, WARPS)
                 if DUAL:
-                    _clear(x.w, t, work.valid, W)
+                    _clear(x.w, t, work.valid, WARPS)
                 m = gl.minimum(work.tokens - c * C, C)
                 ek = _key_decays(gm, scale_k, m, rank_k, post)
                 eS = gl.exp2(gm * m)
@@ -1561,17 +1568,17 @@ def _hopper_kernel(
             old = S
             if NK > 1:
                 outputs = work.tokens * gl.minimum(part, 1)  # the first part finds none
-                old = _read(o, t, outputs, p.H * V, v_column, V, C, BV, W)
+                old = _read(o, t, outputs, p.H * V, v_column, V, C, BV, WARPS)
             if DUAL:
                 O, Y, S, vw = _multiply_dual(x, scores, w_scores, Sb, S, D, eq, ek, eS, LO, LP)
                 O = hopper.warpgroup_mma_wait(2, [O])
-                _put(o, out, O, old, t, work.tokens, p.H * V, v_column, V, W, False)
+                _put(o, out, O, old, t, work.tokens, p.H * V, v_column, V, WARPS, False)
                 Y = hopper.warpgroup_mma_wait(1, [Y])
-                _put(y, y_out, Y, old, t, work.tokens, p.H * K, 0, K, W, False)
+                _put(y, y_out, Y, old, t, work.tokens, p.H * K, 0, K, WARPS, False)
             else:
                 O, vt, S, vw = _multiply(x, scores, S, D, eq, ek, eS, LO, LP)
                 O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
-                _put(o, out, O, old, t, work.tokens, p.H * V, v_column, V, W, NK > 1)
+                _put(o, out, O, old, t, work.tokens, p.H * V, v_column, V, WARPS, NK > 1)
             S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
             t += forth
             c += 1
@@ -1637,7 +1644,7 @@ def _step_kernel(
 STATES_CHUNK = 64  # tokens per chunk of `_states_kernel`
 HOPPER_CHUNK = 64  # tokens per chunk of `_hopper_kernel`
 SEGMENT = 512  # tokens that a segment has at least: its state must cost less than they do
-# KiB of shared memory per program. Only sm_90 has run; for the others, kernels are compiled by the tests.
+# KiB of shared memory per program
 _SHARED_MEMORY = {
     "sm_80": 163,
     "sm_87": 163,
@@ -1652,8 +1659,8 @@ _SHARED_MEMORY = {
 
 @dataclasses.dataclass(frozen=True)
 class _Config:
-    """How the scan is launched. Chosen by `_config` alone; `bench.py --tune` measures what it should
-    choose."""
+    """How the scan is launched. `_config` alone chooses it; `bench.py --tune` measures what it
+    should choose."""
 
     kernel: Any  # `_hopper_kernel` or `_scan_kernel`
     C: int  # tokens per chunk: at least 16, for the matrix units
@@ -1797,9 +1804,9 @@ def _launch(kernel, *arrays, out, programs, params, in_place=None, **arguments):
 
 
 def _in_place(call, arrays, in_place):
-    # jax-triton would pass such an array once. That is wrong where XLA gives the output other memory
-    # after all: for a call in a loop whose output is stacked, it is a row of the stack. So the call
-    # is traced with separate outputs, and only its lowering learns of the sharing.
+    # jax-triton would pass such an array once. That is wrong where XLA gives the output other
+    # memory after all: for a call in a loop whose output is stacked, it is a row of the stack. So
+    # the call is traced with separate outputs, and only its lowering learns of the sharing.
     jaxpr, out = jax.make_jaxpr(call, return_shape=True)(*arrays)
     (eqn,) = jaxpr.eqns
     operands = dict(zip(jaxpr.jaxpr.invars, arrays, strict=True))
@@ -1919,7 +1926,7 @@ def _launch_step(op, params, B, q, k, v, g, s0):
 def _launch_states(op, config, cut, params, B, x, y, g, cu, precision):
     """The states [B, pieces, H, Y, X] of pieces of keys `x` and values `y`. The last piece of each
     segment has the state that the next segment starts from, unless only states are wanted."""
-    T, H, X, Y = params.T, params.H, x.shape[3], y.shape[3]
+    H, X, Y = params.H, x.shape[3], y.shape[3]
     params = params._replace(
         k_heads=x.shape[2],
         v_heads=y.shape[2],
@@ -2019,11 +2026,12 @@ def _launch_scan(op, config, cut, params, B, q, k, v, g, s0, cu, w, linked, prec
     return _results(op, out)
 
 
-# How it composes: vmap, sharding, platforms --------------------------------------------------------
+# How it composes: vmap, sharding, platforms -------------------------------------------------------
 
 
 def _scan(op, q, k, v, g, s0, cu, w=None):
-    """The entry point of every scan: it adds the rules of vmap, sharding and platform. Returns o, s and y, or None for what is not asked for."""
+    """The entry point of every scan: adds the rules of vmap, sharding and platform. Returns o, s
+    and y; s or y is None where it is not asked for."""
     return _folded(op)(q, k, v, g, s0, cu, w)
 
 
@@ -2036,49 +2044,52 @@ def _folded(op):
         return _sharded(op, *operands)
 
     @scan.def_vmap
-    def _(N, mapped, q, k, v, g, s0, cu, w):
-        operands = q, k, v, g, s0, cu, w
-        mapped = (*mapped[:4], *map(bool, mapped[4:]))  # of None, custom_vmap says an empty tree
-        B = _shared(
-            x.shape[int(is_mapped)] for x, is_mapped in zip(operands, mapped) if x is not None
-        )
+    def _(size, mapped, *operands):
+        mapped = *mapped[:4], *map(bool, mapped[4:])  # of None, custom_vmap says an empty tree
+        rows = (x.shape[int(m)] for x, m in zip(operands, mapped) if x is not None)
+        B = _shared(rows)
 
         def fold(x, is_mapped):
             if x is None or not is_mapped and x.shape[0] == 1:
                 return x  # all rows share it
-            x = x if is_mapped else jnp.broadcast_to(x, (N, *x.shape))
-            x = jnp.broadcast_to(x, (N, B, *x.shape[2:]))
-            return x.reshape(N * B, *x.shape[2:])
+            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+            x = jnp.broadcast_to(x, (size, B, *x.shape[2:]))
+            return x.reshape(size * B, *x.shape[2:])
 
         results = _scan(op, *map(fold, operands, mapped))
-        return jax.tree.map(lambda x: x.reshape(N, B, *x.shape[1:]), results), jax.tree.map(
-            lambda _: True, results
-        )
+        results = jax.tree.map(lambda x: x.reshape(size, B, *x.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
 
     return scan
 
 
-# The dims of the operands and results of a scan: batch rows, tokens, heads, head dims K and V, sequences, boundaries.
-_OPERANDS = dict(
-    q="b t h k", k="b t h k", v="b t h v", g="b h", s0="b n h k v", cu="b m", w="b t h v"
-)
-_RESULTS = dict(o="b t h v", s="b n h k v", y="b t h k")
+# The dims of the operands and results of a scan: batch rows, tokens, heads, head dims K and V,
+# sequences, boundaries. The sharding rule and the shardings are read off this table.
+_OPERANDS = {
+    "q": "b t h k",
+    "k": "b t h k",
+    "v": "b t h v",
+    "g": "b h",
+    "s0": "b n h k v",
+    "cu": "b m",
+    "w": "b t h v",
+}
+_RESULTS = {"o": "b t h v", "s": "b n h k v", "y": "b t h k"}
 
 
 def _sharded(op, *operands):
-    """The scan with a sharding rule: each device scans its own batch rows and heads, and nothing is sent."""
+    """The scan with a sharding rule: each device scans its own batch rows and heads, and nothing is
+    sent."""
     shapes = {name: x.shape for name, x in zip(_OPERANDS, operands) if x is not None}
     mesh = jax.sharding.get_abstract_mesh()
-    left = math.prod(
-        size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes
-    )  # devices that the compiler may use
+    # devices that the compiler may use
+    left = math.prod(n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
     if not all(x.size for x in operands if x is not None) or mesh.manual_axes and left == 1:
         return _on_platform(op, *operands)
     # jit, because custom_partitioning takes no constants: those that a call folds become its own
     call = custom_partitioning(jax.jit(functools.partial(_on_platform, op)))
-    call.def_partition(
-        functools.partial(_partition, op, shapes, mesh), **_sharding_rule(op, shapes)
-    )
+    partition = functools.partial(_partition, op, shapes, mesh)
+    call.def_partition(partition, **_sharding_rule(op, shapes))
     return call(*operands)
 
 
@@ -2087,12 +2098,13 @@ def _head_count(name, shape):
 
 
 def _sharding_rule(op, shapes):
-    """What the compiler may split: batch rows, and heads, which operands share in groups. A factor of
-    the heads is named by the count that it completes: with 2 key heads and 8 query heads, keys have
-    h2 and queries (h2 h8), where h8 is 4."""
+    """What the compiler may split: batch rows, and heads, which operands share in groups. A factor
+    of the heads is named by the count that it completes: with 2 key heads and 8 query heads, keys
+    have h2 and queries (h2 h8), where h8 is 4."""
     B, H = _shared(shape[0] for shape in shapes.values()), shapes["g"][1]
-    counts = sorted({1} | {_head_count(*item) for item in shapes.items()})
-    sizes = {f"h{count}": count // fewer for fewer, count in zip(counts, counts[1:])}
+    heads = {name: _head_count(name, shape) for name, shape in shapes.items()}
+    counts = sorted({1, *heads.values()})
+    sizes = {f"h{count}": count // fewer for fewer, count in itertools.pairwise(counts)}
     # a dim of size 1 where others have more is a factor of its own, which nothing splits
     own = map("one{}".format, itertools.count())
 
@@ -2102,103 +2114,85 @@ def _sharding_rule(op, shapes):
         words["h"] = f"({words['h']})" if len(parts) > 1 else words["h"]
         return [words.get(dim, dim) for dim in pattern.split()]
 
-    tensors = [
-        write(_OPERANDS[name], shape[0], _head_count(name, shape)) for name, shape in shapes.items()
-    ]
-    wanted = dict(o=True, s=op.final_state, y="w" in shapes)
+    tensors = [write(_OPERANDS[name], shapes[name][0], heads[name]) for name in shapes]
+    wanted = {"o": True, "s": op.final_state, "y": "w" in shapes}
     results = [write(_RESULTS[name], B, H) for name in _RESULTS if wanted[name]]
     if op.only_state:
         results[0][1] = "no_tokens"
     rule = " -> ".join(", ".join(map(" ".join, side)) for side in (tensors, results))
     dims = [dim for tensor in tensors + results for dim in tensor]
     # in order of appearance, as the compiler wants them
-    whole = tuple(
-        dict.fromkeys(dim for dim in dims if dim in ("t", "no_tokens", "k", "v", "n", "m"))
-    )
-    return dict(
-        sharding_rule=rule,
-        need_replication_factors=whole,
-        **{factor: size for factor, size in sizes.items() if factor not in dims},
-    )
+    whole = dict.fromkeys(dim for dim in dims if dim in ("t", "no_tokens", "k", "v", "n", "m"))
+    unseen = {factor: size for factor, size in sizes.items() if factor not in dims}
+    return {"sharding_rule": rule, "need_replication_factors": tuple(whole), **unseen}
 
 
 def _partition(op, shapes, traced_mesh, mesh, _, results):
-    """How one device scans its part: mesh, function, shardings of the results and of the operands."""
+    """How one device scans its part: mesh, function, shardings of the results and the operands."""
     mesh, rows, heads = _split_of(results[0], mesh, traced_mesh)
     devices, H = math.prod(mesh.shape[axis] for axis in heads), shapes["g"][1]
     B = _shared(shape[0] for shape in shapes.values())
-    fewer = {
-        name
-        for name in ("q", "k", "v", "w")
-        if name in shapes and shapes[name][2] > 1 and shapes[name][2] % devices
-    }
-    # heads that devices share are chosen by the device's number, which a part of a mesh does not know
+    counts = {name: _head_count(name, shape) for name, shape in shapes.items()}
+    fewer = {name for name in {"q", "k", "v", "w"} & set(shapes) if counts[name] % devices}
+    fewer = {name for name in fewer if counts[name] > 1}
+    # a device that shares heads takes them by its number, which a part of a mesh does not know
     if H % devices or fewer and traced_mesh.manual_axes:
         heads, devices, fewer = (), 1, set()
 
     def put(pattern, split_rows=True, split_heads=True):
         split = {"b": rows if split_rows else (), "h": heads if split_heads else ()}
-        return NamedSharding(
-            mesh, PartitionSpec(*(split.get(dim) or None for dim in pattern.split()))
-        )
+        spec = PartitionSpec(*(split.get(dim) or None for dim in pattern.split()))
+        return NamedSharding(mesh, spec)
+
+    def put_operand(name):
+        if name not in shapes:
+            return None
+        split_heads = name not in fewer and counts[name] > 1
+        return put(_OPERANDS[name], shapes[name][0] == B, split_heads)
+
+    def own_heads(name, x):
+        if name not in fewer:
+            return x
+        return _heads_of_device(x, H // devices, devices, lax.axis_index(heads))
 
     def one_device(*operands):
-        operands = [
-            _heads_of_device(x, H // devices, devices, lax.axis_index(heads))
-            if name in fewer
-            else x
-            for name, x in zip(_OPERANDS, operands)
-        ]
+        operands = map(own_heads, _OPERANDS, operands)
         # the mesh at hand is not that of what a device has for itself
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
             return _on_platform(op, *operands)
 
-    by_operand = [
-        put(
-            pattern, shapes[name][0] == B, name not in fewer and _head_count(name, shapes[name]) > 1
-        )
-        if name in shapes
-        else None
-        for name, pattern in _OPERANDS.items()
-    ]
-    by_result = [
-        None if x is None else put(pattern) for x, pattern in zip(results, _RESULTS.values())
-    ]
-    return mesh, one_device, tuple(by_result), tuple(by_operand)
+    patterns = zip(results, _RESULTS.values())
+    by_result = tuple(None if x is None else put(pattern) for x, pattern in patterns)
+    return mesh, one_device, by_result, tuple(map(put_operand, _OPERANDS))
 
 
 def _split_of(x, mesh, traced_mesh):
     """The mesh, and the axes of it over which the rows and heads of a result `x` are split."""
     if isinstance(x.sharding, NamedSharding):
         rows, _, heads, *_ = *x.sharding.spec, *(None,) * 4
-        axes = lambda entry: (
-            () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        )
-        return x.sharding.mesh, axes(rows), axes(heads)
-    # The compiler named no mesh: its devices are those of the mesh of the call, less the axes that a shard_map around the call took.
-    # The same sharding is looked for among all that split rows and heads over them.
+        rows, heads = (axes if isinstance(axes, tuple) else (axes,) for axes in (rows, heads))
+        return x.sharding.mesh, *(tuple(a for a in axes if a) for axes in (rows, heads))
+    # The compiler named no mesh: its devices are those of the mesh of the call, less the axes that
+    # a shard_map around the call took. The same sharding is looked for among all that split rows
+    # and heads over them.
     free = [axis for axis in traced_mesh.axis_names if axis not in traced_mesh.manual_axes]
     sizes = [traced_mesh.shape[axis] for axis in free]
-    mesh = jax.sharding.Mesh(
-        np.array([*x.sharding.device_set][: math.prod(sizes)]).reshape(sizes), free
-    )
+    devices = np.array([*x.sharding.device_set][: math.prod(sizes)])
+    mesh = jax.sharding.Mesh(devices.reshape(sizes), free)
     wanted = x.sharding._to_xla_hlo_sharding(len(x.shape))
     for count in range(len(free) + 1):
         for axes in itertools.permutations(free, count):
             for cut in range(count + 1):
                 rows, heads = axes[:cut], axes[cut:]
-                if (
-                    NamedSharding(
-                        mesh, PartitionSpec(rows or None, None, heads or None)
-                    )._to_xla_hlo_sharding(len(x.shape))
-                    == wanted
-                ):
+                found = NamedSharding(mesh, PartitionSpec(rows or None, None, heads or None))
+                if found._to_xla_hlo_sharding(len(x.shape)) == wanted:
                     return mesh, rows, heads
     return mesh, (), ()
 
 
 def _heads_of_device(x, heads, devices, device):
-    """The heads of x [B, T, heads of x, D] that the `heads` heads of a device read: one, or one for each."""
+    """The heads of x [B, T, heads of x, ...] that the `heads` heads of a device read: a single one,
+    or one for each."""
     group = heads * devices // x.shape[2]
     if group % heads == 0:
         return lax.dynamic_slice_in_dim(x, device * heads // group, 1, axis=2)
@@ -2208,7 +2202,7 @@ def _heads_of_device(x, heads, devices, device):
 @_promotes
 def _on_platform(op, *operands):
     """Triton or plain JAX, chosen when the computation is lowered unless `op.backend` names one."""
-    q, k, v, g, s0, cu, w = operands
+    q, k, v, *_ = operands
     if not (q.size and k.size and v.size):  # no tokens, or no batch: nothing to launch
         return _vary(_scan_nothing(op, *operands), operands)
 
@@ -2226,19 +2220,12 @@ def _on_platform(op, *operands):
 
 def _scan_nothing(op, q, k, v, g, s0, cu, w):
     """The scan of no tokens, or of no batch rows."""
-    B, (T, _, K), H, V, n = (
-        _batch(q, k, v, g, s0, cu, w),
-        q.shape[1:],
-        g.shape[1],
-        v.shape[3],
-        1 if cu is None else cu.shape[1] - 1,
-    )
-    s = jnp.zeros((B, n, H, K, V), g.dtype) if s0 is None else jnp.broadcast_to(s0, (B, n, H, K, V))
-    return (
-        jnp.zeros((B, 0 if op.only_state else T, H, V), v.dtype),
-        s if op.final_state else None,
-        None if w is None else jnp.zeros((B, T, H, K), v.dtype),
-    )
+    B, T, H = _batch(q, k, v, g, s0, cu, w), q.shape[1], g.shape[1]
+    K, V, n = q.shape[3], v.shape[3], 1 if cu is None else cu.shape[1] - 1
+    o = jnp.zeros((B, 0 if op.only_state else T, H, V), v.dtype)
+    s = jnp.broadcast_to(jnp.zeros((), g.dtype) if s0 is None else s0, (B, n, H, K, V))
+    y = None if w is None else jnp.zeros((B, T, H, K), v.dtype)
+    return o, s if op.final_state else None, y
 
 
 def _vary(x, *like, but=()):
@@ -2257,28 +2244,24 @@ def _spec(x):
 
 
 def _in_auto_mode(f, operands, out_specs):
-    """f(*operands). On a mesh with Explicit axes, f runs in Auto mode, and `out_specs` shard its results."""
-    meshes = (
-        jax.sharding.get_abstract_mesh(),
-        *(jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands)),
-    )
-    mesh = next(
-        (mesh for mesh in meshes if not mesh.empty), meshes[0]
-    )  # arrays know their mesh where none is set
-    explicit = tuple(
-        a
-        for a, kind in zip(mesh.axis_names, mesh.axis_types)
-        if kind == jax.sharding.AxisType.Explicit
-    )
+    """f(*operands). On a mesh with Explicit axes, f runs in Auto mode, and `out_specs` shard its
+    results."""
+    # arrays know their mesh where none is set
+    of_arrays = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands))
+    meshes = jax.sharding.get_abstract_mesh(), *of_arrays
+    mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    explicit = tuple(axis for axis, kind in kinds if kind == jax.sharding.AxisType.Explicit)
     if not explicit:
         return f(*operands)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.sharding.auto_axes(f, axes=explicit, out_sharding=out_specs)(*operands)
 
 
-# One sequence on many devices ----------------------------------------------------------------------
-
-# Each device starts from the state that the devices before it leave. Only states are sent, once each way.
+# One sequence on many devices ---------------------------------------------------------------------
+#
+# Each device starts from the state that the devices before it leave. Only states are sent, once
+# each way.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -2297,37 +2280,37 @@ def _across_fwd(op, axes, q, k, v, g, s0):
 def _across_bwd(op, axes, saved, cotangents):
     q, k, v, g, s0, s_in = saved
     do, ds = cotangents
-    checked = set(axes) <= _varying(
-        q
-    )  # with check_vma=False shard_map itself sums what devices return
-    devices = lax.axis_size(axes)  # and gives each device its part of a shared cotangent
-    r_in, ds0 = _exchange(op.adjoint(), axes, q, do, g, ds if checked else lax.psum(ds, axes))
-    dq, dk, dv, dg, *_ = _gradients(op, (q, k, v, _vary(g, q), s_in, None, ()), do, r_in)
+    # with check_vma=False shard_map itself sums what devices return, and gives each device its part
+    # of a shared cotangent
+    checked = set(axes) <= _varying(q)
+    ds = ds if checked else lax.psum(ds, axes)
+    ds_in, ds0 = _exchange(op.adjoint(), axes, q, do, g, ds)
+    dq, dk, dv, dg, *_ = _gradients(op, (q, k, v, _vary(g, q), s_in, None, ()), do, ds_in)
     if checked:
         dg = lax.psum(dg, tuple(_varying(dg) - _varying(g)))
-    return dq, dk, dv, dg, None if s0 is None else ds0 if checked else ds0 / devices
+    if s0 is None:
+        ds0 = None
+    elif not checked:
+        ds0 /= lax.axis_size(axes)
+    return dq, dk, dv, dg, ds0
 
 
 _attend_across.defvjp(_across_fwd, _across_bwd)
 
 
 def _exchange(op, axes, k, v, g, s0):
-    """The state that this device's tokens start from, and the final state of the whole sequence, which all devices have."""
-    own = _attend(
-        dataclasses.replace(op, only_state=True, final_state=True), k, k, v, _vary(g, k), None, None
-    )[1]
-    spec = _spec(own)
-    return _in_auto_mode(
-        functools.partial(_states_around, op, axes, k.shape[1]), (own, g, s0), (spec, spec)
-    )
+    """The state that this device's tokens start from, and the final state of the whole sequence,
+    which all devices have."""
+    only_state = dataclasses.replace(op, only_state=True, final_state=True)
+    _, own = _attend(only_state, k, k, v, _vary(g, k), None, None)
+    states_around = functools.partial(_states_around, op, axes, k.shape[1])
+    return _in_auto_mode(states_around, (own, g, s0), (_spec(own), _spec(own)))
 
 
 def _states_around(op, axes, T, own, g, s0):
     devices = lax.axis_size(axes)
-    varies = set(axes) <= _varying(own)
-    every = lax.all_gather(
-        own, axes, **({"to": "invarying"} if varies else {})
-    )  # [devices, B, 1, H, K, V]
+    to = {"to": "invarying"} if set(axes) <= _varying(own) else {}
+    every = lax.all_gather(own, axes, **to)  # [devices, B, 1, H, K, V]
     every = jnp.flip(every, 0) if op.reverse else every  # in scan order
     every = every if s0 is None else jnp.concatenate([s0[None], every])
     first = 0 if s0 is None else 1
@@ -2336,15 +2319,10 @@ def _states_around(op, axes, T, own, g, s0):
 
     def after(devices_before):  # the state after so many devices, s0 included
         age = devices_before - 1 + first - jnp.arange(every.shape[0])
-        weight = jnp.where(
-            age >= 0, jnp.exp(g[..., None] * T * jnp.maximum(age, 0)), 0
-        )  # [B | 1, H, devices (+ 1)]
-        return jnp.einsum(
-            "bhd,dbnhkv->bnhkv",
-            jnp.broadcast_to(weight, (own.shape[0], *weight.shape[1:])),
-            every,
-            precision="highest",
-        )
+        decay = jnp.exp(g[..., None] * T * jnp.maximum(age, 0))
+        weight = jnp.where(age >= 0, decay, 0)  # [B | 1, H, devices (+ 1)]
+        weight = jnp.broadcast_to(weight, (own.shape[0], *weight.shape[1:]))
+        return jnp.einsum("bhd,dbnhkv->bnhkv", weight, every, precision="highest")
 
     return after(rank), after(devices)
 
