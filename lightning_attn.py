@@ -1529,7 +1529,8 @@ def _hopper_kernel(
             _fetch(arrays, buffers, full, i, t + i * forth, rows, heads, k_column, v_column, DUAL)
 
         scale_q, scale_k = _scales(p.scale, post)
-        key, query = gl.SliceLayout(1, LP), gl.SliceLayout(0, LP)
+        key: gl.constexpr = gl.SliceLayout(1, LP)
+        query: gl.constexpr = gl.SliceLayout(0, LP)
         far = turn * (gl.arange(0, C, query)[None, :] - gl.arange(0, C, key)[:, None])  # [j, i]
         first_rank = (C - 1) * reverse
         rank_q = first_rank + turn * gl.arange(0, C, gl.SliceLayout(0, LO))
