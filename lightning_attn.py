@@ -940,18 +940,29 @@ def _switches(way):
 
 
 @_kernel
-def _find_work(table, p, k_tiles, v_tiles, reverse, PACKED: tl.constexpr, ROWS_FIRST: tl.constexpr):
+def _find_work(
+    table,
+    p,
+    k_tiles,
+    v_tiles,
+    reverse,
+    PACKED: tl.constexpr,
+    LINKED: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+):
     """The `_Work` of this program. A pack reads its row; a plain batch computes it, which saves a
-    launch and a load. Consecutive programs share tokens or, if ROWS_FIRST, a head."""
+    launch and a load, and has a single row where nothing is linked. Consecutive programs share
+    tokens or, if ROWS_FIRST, a head."""
     i = tl.program_id(0)
     v_tile, i = i % v_tiles, i // v_tiles
     k_tile, i = i % k_tiles, i // k_tiles
+    rows = p.rows if PACKED or LINKED else 1
     if ROWS_FIRST:
-        row, i = i % p.rows, i // p.rows
+        row, i = i % rows, i // rows
         h, b = i % p.H, (i // p.H).to(tl.int64)
     else:
         h, i = i % p.H, i // p.H
-        row, b = i % p.rows, (i // p.rows).to(tl.int64)
+        row, b = i % rows, (i // rows).to(tl.int64)
     if PACKED:
         at = table + b * p.table_row + row * 7
         first, tokens, valid = tl.load(at), tl.load(at + 1), tl.load(at + 2)
@@ -960,7 +971,7 @@ def _find_work(table, p, k_tiles, v_tiles, reverse, PACKED: tl.constexpr, ROWS_F
     else:
         tokens = tl.minimum(p.T - row * p.segment, p.segment)
         first = row * p.segment + reverse * (p.T - tokens - 2 * row * p.segment)
-        valid, sequence, before, after, slot = tokens, 0, row, p.rows - 1 - row, row
+        valid, sequence, before, after, slot = tokens, 0, row, rows - 1 - row, row
     return _Work(v_tile, k_tile, h, b, row, first, tokens, valid, sequence, before, after, slot)
 
 
@@ -1088,7 +1099,7 @@ def _states_kernel(
     reverse, post, _, _ = _switches(p.way)
     turn = 1 - 2 * reverse
     # the first heads forget least and take longest, so all of their rows start first
-    work = _find_work(table, p, NK, NV, reverse, PACKED, True)
+    work = _find_work(table, p, NK, NV, reverse, PACKED, True, True)
     gm = _bits_per_token(g, work, p)
     pieces_after = p.pieces_per_segment - 1 - work.before % p.pieces_per_segment
     if work.tokens < 0 or gm * p.segment * pieces_after <= VANISHED:
@@ -1196,7 +1207,7 @@ def _scan_kernel(
     p = _Params(*params)
     reverse, post, swapped, final_state = _switches(p.way)
     turn = 1 - 2 * reverse
-    work = _find_work(table, p, 1, NV, reverse, PACKED, False)
+    work = _find_work(table, p, 1, NV, reverse, PACKED, LINKED, False)
     if work.tokens < 0:
         return
     gm = _bits_per_token(g, work, p)
@@ -1468,7 +1479,7 @@ def _hopper_kernel(
     p = _Params(*params)
     reverse, post, swapped, final_state = _switches(p.way)
     turn = 1 - 2 * reverse
-    work = _find_work(table, p, 1, NV, reverse, PACKED, False)
+    work = _find_work(table, p, 1, NV, reverse, PACKED, LINKED, False)
     if work.tokens < 0:
         return
     gm = _bits_per_token(g, work, p)
