@@ -12,10 +12,9 @@
 # the License.
 """Lightning attention for JAX: linear attention with a fixed decay per head.
 
-For one sequence and one head, with log decay g <= 0 and scale c, a state S [K, V] is carried along
-the tokens:
+For one sequence and one head, with log decay g <= 0, a state S [K, V] is carried along the tokens:
 
-    S_t = e^g S_{t-1} + k_t v_t^T              o_t = c q_t S_t
+    S_t = e^g S_{t-1} + k_t v_t^T              o_t = scale q_t S_t
 
 TransNormerLLM (arXiv:2307.14995) introduced it, Lightning Attention-2 (arXiv:2401.04658) computes
 it in chunks, and MiniMax-01 (arXiv:2501.08313) trained it at scale. Time grows linearly with the
@@ -30,11 +29,11 @@ The file in order: the API; what it computes, in plain JAX; its gradients; packs
 Glossary
   arrays
     q, k, v, o    queries, keys, values, outputs
-    g, gm         log decay of a head per token: in nats (`g_gamma`); in bits
-    S             state [K, V]; kernels hold S^T [V, K]
+    g, g2         log decay of a head per token: in nats (`g_gamma`); to base 2
+    S             state [K, V]; in kernels S^T [V, K], save for `_step_kernel`
     s0, s         initial and final states of sequences
     w, y          queries that read S^T; what they read
-    P, D          scores q_i.k_j of a chunk; their decays
+    P, D          scores q_i.k_j of a chunk; their decays: [i, j], in kernels [j, i]
     eq, ek, eS    decays in a chunk: of what queries read of S, of what keys add to S, of S
     dx            the gradient of x, and nothing else
     cu            boundaries of packed sequences, `cu_seqlens`
@@ -362,7 +361,7 @@ CHUNK, GROUP = 64, 512  # tokens per chunk, and per group
 
 @dataclasses.dataclass(frozen=True)
 class _Op:
-    scale: float  # multiplies outputs or, if post, what enters the state
+    scale: float  # of scores, and of what is read from the state or, if post, of what enters it
     reverse: bool
     post: bool  # decay the state after the token is read, not before it is added
     backend: str | None
@@ -605,7 +604,13 @@ def _shared(sizes):
 #     dq = scan(do, v, k, from s0^T)           dk = scan back(v, do, q, from ds^T)
 #     ds0 = the end of dv's scan               dv = scan back(k, q, do, from ds)
 #
-# The scans for dk and dv have the same state, transposed, so one scan with w = v yields both.
+# With c for the scale, the adjoint has the state
+#
+#     R_j = e^{g (T-1-j)} ds + c sum_{i>=j} e^{g (i-j)} q_i^T do_i
+#     dv_j = k_j R_j         dk_j = v_j R_j^T
+#
+# ds is not scaled, so c scales what enters the state (`post`). The scans for dk and dv have the
+# same state, transposed, so one dual scan, with w = v, yields both.
 
 
 def _attend(op, *operands):
@@ -656,7 +661,7 @@ def _gradients_by_scans(op, saved, do, ds):
     op = dataclasses.replace(op, only_state=False, final_state=False)
     back = dataclasses.replace(op.adjoint(), final_state=s0 is not None)
     dq, _ = _attend(op, do, v, k, g, _transposed(s0), cu)
-    dv, ds0, dk = _attend_both(back, k, q, do, g, ds, cu, v)
+    dv, ds0, dk = _attend_dual(back, k, q, do, g, ds, cu, v)
     dg = None
     if wants_dg is not None:
         dg = _decay_gradient(op, q, k, v, g, s0, cu, do, ds)
@@ -681,34 +686,35 @@ _attend_local.defvjp(_attend_local_fwd, _attend_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_both(op, q, k, v, g, s0, cu, w):
+def _attend_dual(op, q, k, v, g, s0, cu, w):
     """The scan, plus what w reads from the transposed states."""
     return _scan(op, q, k, v, g, s0, cu, w)
 
 
-def _one_by_one(op, q, k, v, g, s0, cu, w):
-    transposed = dataclasses.replace(op, final_state=False)
-    y, _ = _attend(transposed, w, v, k, g, _transposed(s0), cu)
+def _dual_as_two(op, q, k, v, g, s0, cu, w):
+    """`_attend_dual` as two scans, which have gradients: only second derivatives take it."""
+    stateless = dataclasses.replace(op, final_state=False)
+    y, _ = _attend(stateless, w, v, k, g, _transposed(s0), cu)
     return *_attend(op, q, k, v, g, s0, cu), y
 
 
-def _attend_both_fwd(op, *operands):
-    return _attend_both(op, *operands), operands
+def _attend_dual_fwd(op, *operands):
+    return _attend_dual(op, *operands), operands
 
 
-def _attend_both_bwd(op, operands, cotangents):
-    return jax.vjp(functools.partial(_one_by_one, op), *operands)[1](cotangents)
+def _attend_dual_bwd(op, operands, cotangents):
+    return jax.vjp(functools.partial(_dual_as_two, op), *operands)[1](cotangents)
 
 
-_attend_both.defvjp(_attend_both_fwd, _attend_both_bwd)
+_attend_dual.defvjp(_attend_dual_fwd, _attend_dual_bwd)
 
 
 def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
     """The gradient of g for cotangents do and ds (or None), [B, H], in forward mode: the
-    derivatives of o and s along dg = 1, times do and ds. Reverse mode would sum
+    derivatives of o and s as g changes, times do and ds. Reverse mode would sum
     p_i q_i.dq_i - p_j k_j.dk_j over positions p, which cancels to noise where a head forgets.
 
-    Along dg = 1 the states have the derivatives W. Over a chunk of C tokens,
+    The states have the derivatives W. Over a chunk of C tokens, as in `_Decays`,
         S' = e^{gC} S + sum_j e^{g c_j} k_j v_j^T
         W' = e^{gC} (W + C S) + sum_j c_j e^{g c_j} k_j v_j^T
     and the outputs' derivatives, which are never made, add to the result
@@ -783,7 +789,7 @@ class _Row(NamedTuple):
     sequence: Any  # -1: none
     before: Any  # rows of the same interval before it in scan order
     after: Any  # rows of the same interval after it in scan order
-    slot: Any  # segments that another one follows, in all intervals before this one
+    slot: Any  # rows before it in the table that another row of their interval follows
 
 
 def _intervals(T, cu):
@@ -851,9 +857,11 @@ def _tables(T, cu, *rest):
 # A scan is one launch where every sequence is one segment. Long sequences are cut in segments, so
 # that one head keeps many processors busy, and take three:
 #
-#     _states_kernel   sums the state that each segment adds, in pieces that run at once
-#     _link_kernel     makes of those the states that segments start from
-#     _scan_kernel     scans all segments at once; _hopper_kernel does so for 16 bits on Hopper
+#     _states_kernel   sums what each piece of a segment adds to the state: [B, pieces, H, V, K]
+#     _link_kernel     makes of those, in place and at the last piece of each segment, the state
+#                      that the next segment starts from, less what is left of s0
+#     _scan_kernel     scans all segments at once, each from its linked state and the decayed s0;
+#                      _hopper_kernel does so for 16 bits on Hopper
 #
 # A decode step, the scan of one token, is a launch of _step_kernel.
 #
@@ -877,12 +885,12 @@ VANISHED = _constant(-150.0)  # 2 to this power is 0 in float32
 
 
 class _Way(enum.IntFlag):
-    """How a kernel scans. The bits are one argument, so that one binary serves every scan: four
-    arguments would take registers that the Hopper kernel lacks."""
+    """How a kernel scans. Kernels read the bits when they run, so one binary serves every scan.
+    They share a number, because four would take registers that the Hopper kernel lacks."""
 
     REVERSE = 1
     POST = 2  # see `_Op`
-    SWAPPED = 4  # linked states lie as [K, V]
+    SWAPPED = 4  # linked states were summed with k and v exchanged: they lie as [K, V]
     FINAL_STATE = 8  # the final state is wanted
 
 
@@ -897,19 +905,19 @@ class _Params(NamedTuple):
     way: Any  # bits of `_Way`
     T: Any  # tokens of a batch row
     H: Any  # heads of decays and outputs, which those of the operands divide
-    q_heads: Any
-    k_heads: Any
-    v_heads: Any
-    w_heads: Any
-    q_row: Any  # tokens from one batch row to the next; 0 where all share one row
-    k_row: Any
-    v_row: Any
-    w_row: Any
-    s0_row: Any  # initial states from one batch row to the next, or 0
-    g_row: Any  # decays from one batch row to the next, or 0
-    sequences: Any  # of a batch row
-    segment: Any = 0  # tokens per segment; in the kernels of states, per piece
-    rows: Any = 0  # segments of a batch row, or pieces
+    q_heads: Any = 1
+    k_heads: Any = 1
+    v_heads: Any = 1
+    w_heads: Any = 1
+    q_row: Any = 0  # tokens from one batch row to the next; 0 where all share one row
+    k_row: Any = 0
+    v_row: Any = 0
+    w_row: Any = 0
+    s0_row: Any = 0  # initial states from one batch row to the next, or 0
+    g_row: Any = 0  # decays from one batch row to the next, or 0
+    sequences: Any = 1  # of a batch row
+    length: Any = 0  # tokens of a segment or, in the kernels of states, of a piece
+    rows: Any = 1  # segments of a batch row, or pieces, or in `_link_kernel` sequences to walk
     table_row: Any = 0  # numbers from one batch row of the table to the next, or 0
     pieces: Any = 0  # of a batch row: those of segments that another one follows
     pieces_per_segment: Any = 1
@@ -969,8 +977,8 @@ def _find_work(
         sequence, before, after = tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
         slot = tl.load(at + 6)
     else:
-        tokens = tl.minimum(p.T - row * p.segment, p.segment)
-        first = row * p.segment + reverse * (p.T - tokens - 2 * row * p.segment)
+        tokens = tl.minimum(p.T - row * p.length, p.length)
+        first = row * p.length + reverse * (p.T - tokens - 2 * row * p.length)
         valid, sequence, before, after, slot = tokens, 0, row, rows - 1 - row, row
     return _Work(v_tile, k_tile, h, b, row, first, tokens, valid, sequence, before, after, slot)
 
@@ -1000,17 +1008,17 @@ def _scales(scale, post):
 
 
 @_kernel
-def _query_decays(gm, scale_q, scale, far, rank, post):
+def _query_decays(g2, scale_q, scale, far, rank, post):
     """How a chunk decays scores, at the distances `far` from key to query, and what queries read of
     the state, at their ranks."""
-    D = tl.where(far >= 0, tl.exp2(gm * tl.maximum(far, 0)) * scale, 0.0)
-    return D, tl.exp2(gm * (rank + 1 - post)) * scale_q
+    D = tl.where(far >= 0, tl.exp2(g2 * tl.maximum(far, 0)) * scale, 0.0)
+    return D, tl.exp2(g2 * (rank + 1 - post)) * scale_q
 
 
 @_kernel
-def _key_decays(gm, scale_k, tokens, rank, post):
+def _key_decays(g2, scale_k, tokens, rank, post):
     """How a chunk of so many tokens decays what its keys add to the state."""
-    return tl.exp2(gm * tl.maximum(tokens - 1 - rank + post, 0)) * scale_k
+    return tl.exp2(g2 * tl.maximum(tokens - 1 - rank + post, 0)) * scale_k
 
 
 @_kernel
@@ -1022,7 +1030,7 @@ def _enter(
     cv,
     work,
     swapped,
-    gL,
+    g_length,
     K: tl.constexpr,
     V: tl.constexpr,
     LINKED: tl.constexpr,
@@ -1042,7 +1050,7 @@ def _enter(
         # the initial state of a sequence without valid tokens may hold anything
         if tl.where(work.valid > 0, work.sequence, -1) >= 0:
             initial = tl.load(s0 + state, mask=inside, other=0.0)
-            S += tl.exp2(gL * work.before) * initial
+            S += tl.exp2(g_length * work.before) * initial
     return S
 
 
@@ -1091,18 +1099,18 @@ def _states_kernel(
 ):
     """S^T = sum_j e^{g(L-1-j)} v_j k_j^T over a piece of L tokens (post: e^{g(L-j)}, and scaled).
 
-    Tokens whose weight at the end of the segment is 0 in float32 are skipped, and pieces that
-    consist of such tokens are not written. For most heads that is most of the segment."""
+    Tokens whose weight at the end of the piece is 0 in float32 are skipped. A piece whose sum
+    vanishes before the end of its segment is not written. For most heads most pieces are such."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     p = _Params(*params)
     reverse, post, _, _ = _switches(p.way)
     turn = 1 - 2 * reverse
-    # the first heads forget least and take longest, so all of their rows start first
+    # by the formula the first heads forget least and take longest: all of their rows start first
     work = _find_work(table, p, NK, NV, reverse, PACKED, True, True)
-    gm = _bits_per_token(g, work, p)
+    g2 = _bits_per_token(g, work, p)
     pieces_after = p.pieces_per_segment - 1 - work.before % p.pieces_per_segment
-    if work.tokens < 0 or gm * p.segment * pieces_after <= VANISHED:
+    if work.tokens < 0 or g2 * p.length * pieces_after <= VANISHED:
         return
     k += _first_token(work, p.k_row, p.k_heads, p) * K
     v += _first_token(work, p.v_row, p.v_heads, p) * V
@@ -1110,7 +1118,7 @@ def _states_kernel(
     rank = (C - 1) * reverse + turn * tl.arange(0, C)
     _, scale_k = _scales(p.scale, post)
     chunks = (work.tokens + C - 1) // C
-    live = tl.ceil(1.0 / tl.minimum(gm, -1e-6) * VANISHED / C) + 1
+    live = tl.ceil(1.0 / tl.minimum(g2, -1e-6) * VANISHED / C) + 1
     live = tl.minimum(live, chunks * 1.0).to(tl.int32)
     S = tl.full([BV, BK], 0.0, tl.float32)
     for c in range(chunks - live, chunks):
@@ -1118,9 +1126,9 @@ def _states_kernel(
         t = (work.tokens - C) * reverse + turn * C * c
         ks = _load(k, t, work.valid, p.k_heads * K, k_column, C, K, BK)
         vs = _load(v, t, work.valid, p.v_heads * V, v_column, C, V, BV)
-        ek = _key_decays(gm, scale_k, m, rank, post)
+        ek = _key_decays(g2, scale_k, m, rank, post)
         vw = tl.trans((vs * ek[:, None]).to(vs.dtype))  # [BV, C]
-        S = tl.dot(vw, ks, S * tl.exp2(gm * m), input_precision=PRECISION)  # [BV, C] x [C, BK]
+        S = tl.dot(vw, ks, S * tl.exp2(g2 * m), input_precision=PRECISION)  # [BV, C] x [C, BK]
     ck = k_column + tl.arange(0, BK)[None, :]
     cv = v_column + tl.arange(0, BV)[:, None]
     states += ((work.b * p.rows + work.row) * p.H + work.h) * K * V
@@ -1140,7 +1148,7 @@ def _link_kernel(
     PACKED: tl.constexpr,
 ):
     """Writes the state that the next segment starts from, at the last piece of each segment. Along
-    a sequence, S' = e^{gLM} S + sum_j e^{gL(M-1-j)} z_j, over the M = PIECES of a segment, which
+    a sequence, S' = e^{g L M} S + sum_j e^{g L (M-1-j)} z_j over the M = PIECES of a segment, which
     have L tokens each and the states z_j. A program handles BE of the E numbers of a state."""
     NE: tl.constexpr = (E + BE - 1) // BE
     p = _Params(*params)
@@ -1153,20 +1161,21 @@ def _link_kernel(
         at = table + b * p.table_row + row * 7
         tokens, before, after = tl.load(at + 1), tl.load(at + 4), tl.load(at + 5)
         segments = tl.where((tokens < 0) | (before > 0), 0, (after + 1) // PIECES)
-    gL = (tl.load(g + b * p.g_row + h) * LOG2_E).to(tl.float32) * p.segment
+    g_length = (tl.load(g + b * p.g_row + h) * LOG2_E).to(tl.float32) * p.length
     same = states.to(tl.int64, bitcast=True) == linked.to(tl.int64, bitcast=True)
-    if (gL <= VANISHED) & same:
+    if (g_length <= VANISHED) & same:
         return  # nothing survives a segment: the states are final
     j, e = tl.arange(0, PIECES)[:, None], tile * BE + tl.arange(0, BE)
     offset = ((b * p.pieces + row) * p.H + h) * E
     stride = tl.full([], p.H * E, tl.int64)
     S = tl.full([BE], 0.0, tl.float32)
-    for _ in tl.range(0, segments, num_stages=3):  # pipelined loads never overtake these stores
-        written = gL * (PIECES - 1 - j) > VANISHED
+    # loads of later segments may run before these stores: a place is loaded before it is stored
+    for _ in tl.range(0, segments, num_stages=3):
+        written = g_length * (PIECES - 1 - j) > VANISHED
         places = states + offset + j * stride + e[None, :]
         z = tl.load(places, mask=(e[None, :] < E) & written, other=0.0)  # [PIECES, BE]
         offset += (PIECES - 1) * stride
-        S = S * tl.exp2(gL * PIECES) + tl.sum(z * tl.exp2(gL * (PIECES - 1 - j)), 0)
+        S = S * tl.exp2(g_length * PIECES) + tl.sum(z * tl.exp2(g_length * (PIECES - 1 - j)), 0)
         tl.store(linked + offset + e, S, mask=e < E)
         offset += stride
 
@@ -1196,9 +1205,9 @@ def _scan_kernel(
     """The scan of one segment, for one head and BV of the V columns of values, chunk by chunk:
 
         o_i = scale (e^{g(i+1)} q_i S + sum_{j<=i} e^{g(i-j)} (q_i.k_j) v_j)
-        S' = e^{gm} S + sum_j e^{g(m-1-j)} k_j v_j^T
+        S' = e^{g m} S + sum_j e^{g(m-1-j)} k_j v_j^T
 
-    i and j are ranks, and m the tokens of the chunk. Post: e^{gi} q_i S and e^{g(m-j)} k_j v_j^T,
+    i and j are ranks, and m the tokens of the chunk. Post: e^{g i} q_i S and e^{g(m-j)} k_j v_j^T,
     where the scale is of what enters S. BK of the K columns of keys are summed after another.
 
     Loads outside of the segment return 0, and stores are masked, whatever the table holds."""
@@ -1210,7 +1219,7 @@ def _scan_kernel(
     work = _find_work(table, p, 1, NV, reverse, PACKED, LINKED, False)
     if work.tokens < 0:
         return
-    gm = _bits_per_token(g, work, p)
+    g2 = _bits_per_token(g, work, p)
     q += _first_token(work, p.q_row, p.q_heads, p) * K
     k += _first_token(work, p.k_row, p.k_heads, p) * K
     v += _first_token(work, p.v_row, p.v_heads, p) * V
@@ -1223,7 +1232,7 @@ def _scan_kernel(
     rank = (C - 1) * reverse + turn * tl.arange(0, C)
     scale_q, scale_k = _scales(p.scale, post)
     far = rank[None, :] - rank[:, None]  # [j, i]
-    D, eq = _query_decays(gm, scale_q, p.scale, far, rank, post)
+    D, eq = _query_decays(g2, scale_q, p.scale, far, rank, post)
     v_column = work.v_tile * BV
     row, col = tl.arange(0, C)[:, None], v_column + tl.arange(0, BV)[None, :]
     for part in range(NK):
@@ -1231,7 +1240,7 @@ def _scan_kernel(
         ck = k_column + tl.arange(0, BK)[None, :]
         cv = v_column + tl.arange(0, BV)[:, None]
         S = tl.full([BV, BK], 0.0, tl.float32)
-        S = _enter(S, linked, s0, ck, cv, work, swapped, gm * p.segment, K, V, LINKED, HAS_S0)
+        S = _enter(S, linked, s0, ck, cv, work, swapped, g2 * p.length, K, V, LINKED, HAS_S0)
         for c in range((work.tokens + C - 1) // C):
             m = tl.minimum(work.tokens - c * C, C)
             t = (work.tokens - C) * reverse + turn * C * c
@@ -1249,9 +1258,9 @@ def _scan_kernel(
             if NK > 1:
                 O += tl.load(at, mask=mine & (part > 0), other=0.0).to(tl.float32)
             tl.store(at, O.to(vs.dtype), mask=mine)
-            ek = _key_decays(gm, scale_k, m, rank, post)
+            ek = _key_decays(g2, scale_k, m, rank, post)
             vw = tl.trans((vs * ek[:, None]).to(vs.dtype))
-            S = tl.dot(vw, ks, S * tl.exp2(gm * m), input_precision=PRECISION)  # [BV, C] x [C, BK]
+            S = tl.dot(vw, ks, S * tl.exp2(g2 * m), input_precision=PRECISION)  # [BV, C] x [C, BK]
         _leave(S, s, s0, ck, cv, work, final_state, K, V, HAS_S0)
         if NK > 1:
             tl.debug_barrier()  # threads reread outputs that others of the program wrote
@@ -1262,10 +1271,12 @@ def _scan_kernel(
 # for one chunk:
 #
 #     copies    The tensor memory accelerator fills a ring of STAGES buffers, and runs up to
-#               STAGES - 1 chunks ahead. A barrier per buffer says when the buffer is full. A buffer
-#               is filled again only when every warp is past its chunk.
-#     products  scores P = k q^T and outputs O = S^T q^T start together. O is summed while P is
-#               decayed and stored; then O += v^T P and S' = e^{gm} S + v^T k start together.
+#               STAGES - 1 chunks ahead. A barrier per buffer says when the buffer is full. The
+#               buffer of a chunk is filled again in the next chunk, after a barrier that each warp
+#               passes when it has waited for the products of the chunk.
+#     products  scores P = k q^T and what queries read of the state, O = S^T q^T, start together. O
+#               is summed while P is decayed and stored; then O += v^T P and S' = e^{g m} S + v^T k
+#               start together.
 #     outputs   O is transposed in shared memory, so that stores are coalesced, and stored while S'
 #               is summed.
 #
@@ -1353,7 +1364,7 @@ def _multiply_dual(x, scores, w_scores, Sb, S, D, eq, ek, eS, LO: gl.constexpr, 
     Y = hopper.warpgroup_mma(St, wt, zero_o, use_acc=False, is_async=True)  # [BK, BV] x [BV, C]
     O, P = hopper.warpgroup_mma_wait(1, [O, P])  # Y is still being summed
     w_scores.store((P * D).to(dtype))
-    vt, vw = _decayed_values(x.v, ek, dtype, AS)
+    _, vw = _decayed_values(x.v, ek, dtype, AS)
     gl.barrier()  # all warps have stored their scores (the compiler fences them)
     vt, kt = x.v.permute((1, 0)), x.k.permute((1, 0))
     O = hopper.warpgroup_mma(vt, scores, O * eq[None, :], is_async=True)  # [BV, C] x [C, C]
@@ -1472,7 +1483,7 @@ def _hopper_kernel(
     LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
     # o^T [BV, C] and y^T [BK, C]
     LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, C, 16])
-    # scores [C, C]: four warps along the keys, the others along the queries
+    # scores [C, C]: a grid of 4 warps along the keys and WARPS / 4 along the queries
     LP: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 4 * C // WARPS, 16])
     NK: gl.constexpr = (K + BK - 1) // BK
     NV: gl.constexpr = (V + BV - 1) // BV
@@ -1482,7 +1493,7 @@ def _hopper_kernel(
     work = _find_work(table, p, 1, NV, reverse, PACKED, LINKED, False)
     if work.tokens < 0:
         return
-    gm = _bits_per_token(g, work, p)
+    g2 = _bits_per_token(g, work, p)
     arrays = _Four(qd, kd, vd, wd)
     rows = _Four(
         (work.b * p.q_row).to(gl.int32) + work.first,
@@ -1513,15 +1524,15 @@ def _hopper_kernel(
         ck = k_column + gl.arange(0, BK, gl.SliceLayout(0, LS))[None, :]
         cv = v_column + gl.arange(0, BV, gl.SliceLayout(1, LS))[:, None]
         S = gl.full([BV, BK], 0.0, gl.float32, LS)
-        S = _enter(S, linked, s0, ck, cv, work, swapped, gm * p.segment, K, V, LINKED, HAS_S0)
+        S = _enter(S, linked, s0, ck, cv, work, swapped, g2 * p.length, K, V, LINKED, HAS_S0)
 
-        # in the loop, because states pass through the same memory before and after
+        # allocated in the loop: `_enter` and `_leave` may move S through the same memory
         qb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], qd.layout)
         kb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], kd.layout)
         vb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BV], vd.layout)
         scores = gl.allocate_shared_memory(dtype, [C, C], flat)
         out = gl.allocate_shared_memory(dtype, [C, BV], flat)
-        wb, Sb, w_scores, y_out = vb, scores, scores, out
+        wb, Sb, w_scores, y_out = vb, scores, scores, out  # not used without DUAL
         if DUAL:
             wb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BV], wd.layout)
             Sb = gl.allocate_shared_memory(dtype, [BV, BK], flat)
@@ -1547,9 +1558,9 @@ def _hopper_kernel(
         rank_q = first_rank + turn * gl.arange(0, C, gl.SliceLayout(0, LO))
         keys: gl.constexpr = gl.SliceLayout(0, gl.DotOperandLayout(0, LS, 2))
         rank_k = first_rank + turn * gl.arange(0, C, keys)
-        D, eq = _query_decays(gm, scale_q, p.scale, far, rank_q, post)
-        ek = gl.exp2(gm * (C - 1 - rank_k + post)) * scale_k
-        eS = gl.exp2(gm * C)
+        D, eq = _query_decays(g2, scale_q, p.scale, far, rank_q, post)
+        ek = gl.exp2(g2 * (C - 1 - rank_k + post)) * scale_k
+        eS = gl.exp2(g2 * C)
         c, stage, phase = 0, 0, 0
         while c < (work.tokens + C - 1) // C:  # Triton's pipeliner would make `for` wait
             x = _Four(
@@ -1560,27 +1571,29 @@ def _hopper_kernel(
             )
             if c < fetched:
                 hopper.mbarrier.wait(full.index(stage), phase)
-            if (c + 1) * C > work.valid:  # tokens of other sequences, or of none, count as zeros
+            # the copy of a short last chunk brings tokens that are not of the sequence
+            if (c + 1) * C > work.valid:
                 _clear(x.q, t, work.valid, WARPS)
                 _clear(x.k, t, work.valid, WARPS)
                 _clear(x.v, t, work.valid, WARPS)
                 if DUAL:
                     _clear(x.w, t, work.valid, WARPS)
                 m = gl.minimum(work.tokens - c * C, C)
-                ek = _key_decays(gm, scale_k, m, rank_k, post)
-                eS = gl.exp2(gm * m)
+                ek = _key_decays(g2, scale_k, m, rank_k, post)
+                eS = gl.exp2(g2 * m)
             if DUAL:
+                # nobody reads Sb now: every warp waited for Y, and passed the barrier of `_put`
                 Sb.store(S.to(dtype))
-            hopper.fence_async_shared()  # the products' hardware sees what warps stored
+            hopper.fence_async_shared()  # the products' hardware sees Sb and what was cleared
             gl.barrier()  # every warp is past the chunk before, so its buffer is free
             if (c > 0) & (c - 1 + STAGES < fetched):
                 free = (stage + STAGES - 1) % STAGES
                 ahead = t + (STAGES - 1) * forth
                 _fetch(arrays, buffers, full, free, ahead, rows, heads, k_column, v_column, DUAL)
-            old = S
+            old = S  # not read where NK is 1
             if NK > 1:
-                outputs = work.tokens * gl.minimum(part, 1)  # the first part finds none
-                old = _read(o, t, outputs, p.H * V, v_column, V, C, BV, WARPS)
+                written = work.tokens * gl.minimum(part, 1)  # by the parts before
+                old = _read(o, t, written, p.H * V, v_column, V, C, BV, WARPS)
             if DUAL:
                 O, Y, S, vw = _multiply_dual(x, scores, w_scores, Sb, S, D, eq, ek, eS, LO, LP)
                 O = hopper.warpgroup_mma_wait(2, [O])
@@ -1691,10 +1704,11 @@ def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
     shared = _SHARED_MEMORY.get(arch, 64 if arch.startswith("gfx") else 99)
     itemsize, length = dtype.itemsize, -(-T // n)
     BK, BV = min(_block(K), 128), min(_block(V), 128)
-    wide = 256 // itemsize  # whole rows of 256 bytes
-    states_stages = min(4, shared * 1024 // (STATES_CHUNK * (wide + 96) * itemsize))
+    states_BK = 256 // itemsize  # whole rows of 256 bytes
+    # a chunk in flight has tiles of keys and 64 values; 32 columns more pass through shared memory
+    states_stages = min(4, shared * 1024 // (STATES_CHUNK * (states_BK + 64 + 32) * itemsize))
 
-    def cut(BV, least, longest):
+    def narrow(BV, least, longest):
         """Fewer values per program, where T is at most `longest` and the GPU holds all programs
         that this makes. That costs less than the states between segments."""
         while T <= longest and BV > least and 2 * B * n * H * -(-V // BV) <= processors:
@@ -1706,11 +1720,10 @@ def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
     if arch == "sm_90" and itemsize == 2 and fits:
         if _HAS_HOPPER:
             BK = max(BK, 64)
-            BV = cut(max(BV, 64), 64, 2 * SEGMENT - 1 if dual else 4 * SEGMENT)
-            residents = 2 if BK == BV == 64 else 1
-            return _Config(
-                _hopper_kernel, HOPPER_CHUNK, BK, BV, BV // 16, 4, residents, wide, states_stages
-            )
+            BV = narrow(max(BV, 64), 64, 2 * SEGMENT - 1 if dual else 4 * SEGMENT)
+            stages, residents = 2 if dual else 4, 2 if BK == BV == 64 else 1
+            launch = HOPPER_CHUNK, BK, BV, BV // 16, stages, residents
+            return _Config(_hopper_kernel, *launch, states_BK, states_stages)
         warnings.warn(
             "lightning_attn: this Hopper GPU runs the Triton kernel, which takes up to 1.5 times "
             "as long as the one in Gluon, because that cannot run: found triton "
@@ -1721,7 +1734,7 @@ def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
         """Whether tiles in flight, and what passes through shared memory, fit there."""
         return (stages * C * (2 * BK + BV) + C * max(C, 2 * BV)) * itemsize <= (shared - 4) * 1024
 
-    BV = cut(BV, 32, 2 * SEGMENT - 1)
+    BV = narrow(BV, 32, 2 * SEGMENT - 1)
     C = 16 if length <= 16 else 32 if length <= 32 or itemsize == 4 else 64
     tiles = itertools.product((BV, 64, 32, 16), (64, 32, 16), (2, 1))
     BV, C, stages = next(
@@ -1730,7 +1743,7 @@ def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
     # for short sequences, two programs of 4 warps at once beat one of 8
     warps = 8 if BK * BV > 64 * 64 and C > 16 else 4
     stages = 1 if length <= C else stages
-    return _Config(_scan_kernel, C, BK, BV, warps, stages, 1, wide, states_stages)
+    return _Config(_scan_kernel, C, BK, BV, warps, stages, 1, states_BK, states_stages)
 
 
 def _block(d):
@@ -1754,7 +1767,8 @@ def _cut(config, processors, itemsize, B, H, T, K, V, states_K, states_V, only_s
     """The `_Cut` of B rows of T tokens, for head dims K and V. `_states_kernel` sees them as
     `states_K` and `states_V`, which may be swapped."""
     programs = B * H * -(-V // config.BV)
-    room = itemsize * T * (K + V) // (14 * K * V)  # states in a seventh of the memory of q, k, v, o
+    # pieces whose states take a seventh of the memory of q, k, v and o; the last segment has none
+    room = itemsize * T * (K + V) // (14 * K * V)
     # as many segments as fill the GPU
     segments = max(1, min(processors * config.residents // programs, T // SEGMENT, 1 + room))
     BK, BV = min(_block(states_K), config.states_BK), min(_block(states_V), 64)
@@ -1859,30 +1873,31 @@ def _tokens_apart(x, B):
     return x.shape[1] if x.shape[0] == B else 0
 
 
-def _rows_of_work(op, params, cu, segment, rows, pieces=0):
-    """The table of work in so many rows of `segment` tokens, or None for a plain batch, and the
+def _rows_of_work(op, params, cu, length, rows, pieces=0):
+    """The table of work in so many rows of `length` tokens, or None for a plain batch, and the
     parameters that describe it."""
-    params = params._replace(segment=segment, rows=rows)
+    params = params._replace(length=length, rows=rows)
     if cu is None:
         return None, params
-    table = _tables(params.T, cu, segment, op.reverse, pieces)
+    table = _tables(params.T, cu, length, op.reverse, pieces)
     return table, params._replace(table_row=rows * 7 if cu.shape[0] > 1 else 0)
 
 
 def _scan_triton(op, q, k, v, g, s0, cu, w=None, swapped=False):
     """The scan by kernels; results as `_scan`'s. `swapped`: the states of segments are summed with
-    k and v exchanged. A scan and its transpose then make the same call, which XLA makes once."""
+    k and v exchanged. The states of a scan and of its transpose then are equal launches, of which
+    XLA makes one."""
     (T, _, K), V, H = q.shape[1:], v.shape[3], g.shape[1]
     B, n = _batch(q, k, v, g, s0, cu, w), 1 if cu is None else cu.shape[1] - 1
     arch, processors = _gpu() or ("sm_90", 132)  # traced, and never lowered, where there is no GPU
     config = _config(arch, processors, K, V, q.dtype, B, H, T, n, w is not None)
     dual = config.kernel is _hopper_kernel and max(K, V) <= config.BK == config.BV
     if w is not None and not dual:
-        transposed = dataclasses.replace(op, final_state=False)
+        stateless = dataclasses.replace(op, final_state=False)
         # each of the two has all rows
         g = g if q.shape[0] == w.shape[0] else jnp.broadcast_to(g, (B, H))
         o, s, _ = _scan_triton(op, q, k, v, g, s0, cu)
-        return (o, s, _scan_triton(transposed, w, v, k, g, _transposed(s0), cu, swapped=True)[0])
+        return (o, s, _scan_triton(stateless, w, v, k, g, _transposed(s0), cu, swapped=True)[0])
 
     params = _params(op, B, q, k, v, w, g, s0, n, swapped)
     if T == 1 and cu is None and not op.only_state:
@@ -1891,7 +1906,7 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swapped=False):
     dims = K, V, *(x.shape[3] for x in states_of)
     cut = _cut(config, processors, q.dtype.itemsize, B, H, T, *dims, op.only_state)
     precision = _precision(op, arch)
-    linked = g  # a placeholder, which no kernel reads
+    linked = g  # stands for an array that no kernel touches, here and below
     if cut.pieces:
         linked = _launch_states(op, config, cut, params, B, *states_of, g, cu, precision)
     if op.only_state:
@@ -1935,15 +1950,21 @@ def _launch_step(op, params, B, q, k, v, g, s0):
     return _results(op, out)
 
 
-def _launch_states(op, config, cut, params, B, x, y, g, cu, precision):
-    """The states [B, pieces, H, Y, X] of pieces of keys `x` and values `y`. The last piece of each
-    segment has the state that the next segment starts from, unless only states are wanted."""
-    H, X, Y = params.H, x.shape[3], y.shape[3]
-    params = params._replace(
-        k_heads=x.shape[2],
-        v_heads=y.shape[2],
-        k_row=_tokens_apart(x, B),
-        v_row=_tokens_apart(y, B),
+def _launch_states(op, config, cut, params, B, keys, values, g, cu, precision):
+    """The states [B, pieces, H, Y, X] of pieces. The last piece of each segment has the state
+    that the next segment starts from, less s0, unless only states are wanted."""
+    H, X, Y = params.H, keys.shape[3], values.shape[3]
+    # what these kernels do not read is left out, so that a scan and its transpose give equal ones
+    params = _Params(
+        scale=params.scale,
+        way=params.way & (_Way.REVERSE | _Way.POST),
+        T=params.T,
+        H=H,
+        k_heads=keys.shape[2],
+        v_heads=values.shape[2],
+        k_row=_tokens_apart(keys, B),
+        v_row=_tokens_apart(values, B),
+        g_row=params.g_row,
         pieces=cut.pieces,
         pieces_per_segment=cut.pieces_per_segment,
     )
@@ -1952,7 +1973,7 @@ def _launch_states(op, config, cut, params, B, x, y, g, cu, precision):
     shape = jax.ShapeDtypeStruct((B, cut.pieces, H, Y, X), jnp.float32)
     states = _launch(
         _states_kernel,
-        *(x, y, g, table),
+        *(keys, values, g, table),
         out=shape,
         programs=B * cut.pieces * H * -(-X // cut.BK) * -(-Y // cut.BV),
         params=params,
@@ -2005,14 +2026,13 @@ def _launch_scan(op, config, cut, params, B, q, k, v, g, s0, cu, w, linked, prec
         layout = gl.NVMMASharedLayout(128, 16, 3)
 
         def described(x, BD):
-            B, _, H, D = x.shape
-            shape, strides = (B * T, H, D), (H * D, D, 1)
+            rows, _, heads, dim = x.shape
+            shape, strides = (rows * T, heads, dim), (heads * dim, dim, 1)
             return jax_triton.TensorDescriptor(x, shape, strides, (C, 1, BD), layout)
 
         arrays = (described(q, config.BK), described(k, config.BK), described(v, config.BV))
         arrays = *arrays, arrays[2] if w is None else described(w, config.BV)
-        stages = config.num_stages if w is None else 2
-        own = {"STAGES": stages, "num_stages": 1, "DUAL": w is not None}
+        own = {"STAGES": config.num_stages, "num_stages": 1, "DUAL": w is not None}
         own |= {"y": 0} if w is None else {}  # which the kernel does not touch
     else:
         own = {"num_stages": config.num_stages, "PRECISION": precision}
@@ -2396,7 +2416,7 @@ def _log_decays(q, layer_idx, num_layers, g_gamma):
     elif layer_idx is not None or num_layers is not None:
         raise ValueError("g_gamma: expected either g_gamma or layer_idx and num_layers, got both")
     else:
-        g = _array("g_gamma", g_gamma, (H,), jnp.floating, _swapped(g_gamma, 0, T, H))
+        g = _array("g_gamma", g_gamma, (H,), jnp.floating, _layout_hint(g_gamma, 0, T, H))
         if (value := _known(g_gamma)) is not None and not (value <= 0).all():
             raise ValueError(f"g_gamma: expected log decays <= 0, got {value.max()}")
     # Decays that could not be checked must not grow. (jnp.minimum would halve the gradient at 0.)
@@ -2519,7 +2539,7 @@ def _initial_state(s0, q, v, cu):
         n, count = cu.shape[0] - 1, "the number of packed sequences"
     if getattr(s0, "shape", ())[1:] == (H, K, V) and s0.shape[0] != n:
         raise ValueError(f"initial_state: expected {n} states, {count}, got {s0.shape[0]}")
-    s0 = _array("initial_state", s0, (n, H, K, V), jnp.floating, _swapped(s0, 1, T, H))
+    s0 = _array("initial_state", s0, (n, H, K, V), jnp.floating, _layout_hint(s0, 1, T, H))
     return s0.astype(jnp.promote_types(q.dtype, jnp.float32))
 
 
@@ -2630,7 +2650,7 @@ def _known(x):
     return None if isinstance(lax.neg(x), jax.core.Tracer) else jax.device_get(x)
 
 
-def _swapped(x, axis, T, H):
+def _layout_hint(x, axis, T, H):
     """What to add to a message where `x` has as many heads, along `axis`, as query has tokens:
     query is [B, H, T, D] then."""
     if getattr(x, "shape", ())[axis : axis + 1] != (T,) or T == H:

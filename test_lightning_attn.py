@@ -2442,7 +2442,7 @@ def test_compiles_where_all_is_one(dtype, T, D, cu):
     f = lambda x, s0: lightning_attn(x, x, x, 12, 24, 1.0, s0, cu_seqlens=None if cu is None else jnp.array(cu), backend="triton")[0].astype(jnp.float32).sum()
     built = {}
     for launch in launches("sm_90", lambda: jax.grad(f, (0, 1))(x, s0)):
-        key = launch[0].__name__, str(launch[2] | dict(way=None))                        # which compiles in no direction
+        key = launch[0].__name__, str(launch[2] | dict(params=None))                     # numbers are not compiled in
         if key not in built:
             built[key], _ = build(*launch, "sm_90")
     assert len(built) == (4 if T > 80 else 2)                       # with states given, and without
