@@ -46,7 +46,8 @@ Glossary
     segment       tokens that one program scans
     piece         a part of a segment; the state of each is summed by a program of its own
   places
-    n             sequences of a batch row, which is 1 unless packed; in loops, a chunk
+    n             sequences of a batch row, which is 1 unless packed; in plain JAX's loops, a chunk
+    c, m          in kernels, number of a chunk; its tokens
     rank i, j     place of a token in its chunk, counted in scan direction
 """
 
@@ -1270,7 +1271,7 @@ def _scan_kernel(
 # copy through shared memory, before it starts the next. This kernel overlaps them. Its schedule,
 # for one chunk:
 #
-#     copies    The tensor memory accelerator fills a ring of STAGES buffers, and runs up to
+#     copies    The tensor memory accelerator fills a ring of STAGES >= 2 buffers, and runs up to
 #               STAGES - 1 chunks ahead. A barrier per buffer says when the buffer is full. The
 #               buffer of a chunk is filled again in the next chunk, after a barrier that each warp
 #               passes when it has waited for the products of the chunk.
@@ -1280,9 +1281,16 @@ def _scan_kernel(
 #     outputs   O is transposed in shared memory, so that stores are coalesced, and stored while S'
 #               is summed.
 #
-# Each warp owns 16 rows of S^T. DUAL: the kernel also scans with the transposed state, which it has
-# anyway: y_i = scale S_i w_i, where k and v change places. One square tile must then hold all of K
-# and V.
+# Each warp owns 16 rows of S^T, o^T and y^T. DUAL: the kernel also scans with the transposed state,
+# which it has anyway: y_i = scale S_i w_i, where k and v change places. One square tile must then
+# hold all of K and V.
+#
+# What limits it, for a tile of 128 x 128 and 256 threads: registers, 64 of S, 32 of O, 16 each of P
+# and D, and copies of them in 16 bits; and shared memory, 2 bytes for each of
+# STAGES C (2 BK + BV) + C C + C BV numbers or, if DUAL,
+# STAGES C (2 BK + 2 BV) + BK BV + 2 C C + C (BK + BV). The emulator of the tests sees no race
+# between warps, no type and no limit: compile a change, and run it on a GPU under
+# compute-sanitizer.
 
 
 class _Four(NamedTuple):
@@ -1716,13 +1724,15 @@ def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
         return BV
 
     # descriptors want rows of multiples of 16 bytes; short sequences waste most of a chunk
-    fits = K % 8 == V % 8 == 0 and HOPPER_CHUNK <= T and B * T < 2**31 and 32 <= length
+    half = HOPPER_CHUNK // 2
+    fits = K % 8 == V % 8 == 0 and T >= HOPPER_CHUNK and length >= half and B * T < 2**31
     if arch == "sm_90" and itemsize == 2 and fits:
         if _HAS_HOPPER:
             BK = max(BK, 64)
             BV = narrow(max(BV, 64), 64, 2 * SEGMENT - 1 if dual else 4 * SEGMENT)
-            stages, residents = 2 if dual else 4, 2 if BK == BV == 64 else 1
-            launch = HOPPER_CHUNK, BK, BV, BV // 16, stages, residents
+            stages = 2 if dual else 4
+            residents = 2 if BK == BV == 64 else 1  # by shared memory
+            launch = HOPPER_CHUNK, BK, BV, BV // 16, stages, residents  # 16 rows for each warp
             return _Config(_hopper_kernel, *launch, states_BK, states_stages)
         warnings.warn(
             "lightning_attn: this Hopper GPU runs the Triton kernel, which takes up to 1.5 times "
@@ -1936,6 +1946,7 @@ def _launch_step(op, params, B, q, k, v, g, s0):
         _step_kernel,
         *(q, k, v, g, g if s0 is None else s0, *unwritten),
         out=_outputs(op, params, B, K, V, q.dtype),
+        # argument 4 is s0, output 0 the final state
         in_place={4: 0} if s0 is not None and op.final_state and s0.shape[0] == B else None,
         programs=B * params.H * -(-V // BV),
         params=params,
@@ -2059,6 +2070,10 @@ def _launch_scan(op, config, cut, params, B, q, k, v, g, s0, cu, w, linked, prec
 
 
 # How it composes: vmap, sharding, platforms -------------------------------------------------------
+#
+# A new operand of the scan goes into `_OPERANDS`, `_folded`, `_batch`'s calls, `_scan_xla`,
+# `_scan_triton` with `_params` and the launches, the kernels, `_scan_nothing`, and the rules of the
+# gradients. Operands and results are positional in all of them, in the order of `_OPERANDS`.
 
 
 def _scan(op, q, k, v, g, s0, cu, w=None):
