@@ -1002,7 +1002,8 @@ def label_lines(axes, lines):
         heights = spread([np.log10(ends[name][1]) for name in names], (high - low) / 21)
         for name, height in zip(names, heights, strict=True):
             label, colour = LINES.get(name, (name, GREY))
-            note(axes, label, (tokens, 10**height), colour, xytext=(9, 0), fontsize=10)
+            offset = (9, 0) if colour == OURS else (6, 9)  # clear of our line, which goes on
+            note(axes, label, (tokens, 10**height), colour, xytext=offset, fontsize=10)
 
 
 def draw_lines(axes, lines):
