@@ -1907,7 +1907,8 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swapped=False):
         # each of the two has all rows
         g = g if q.shape[0] == w.shape[0] else jnp.broadcast_to(g, (B, H))
         o, s, _ = _scan_triton(op, q, k, v, g, s0, cu)
-        return (o, s, _scan_triton(stateless, w, v, k, g, _transposed(s0), cu, swapped=True)[0])
+        y, *_ = _scan_triton(stateless, w, v, k, g, _transposed(s0), cu, swapped=True)
+        return o, s, y
 
     params = _params(op, B, q, k, v, w, g, s0, n, swapped)
     if T == 1 and cu is None and not op.only_state:
@@ -1968,7 +1969,7 @@ def _launch_states(op, config, cut, params, B, keys, values, g, cu, precision):
     # what these kernels do not read is left out, so that a scan and its transpose give equal ones
     params = _Params(
         scale=params.scale,
-        way=params.way & (_Way.REVERSE | _Way.POST),
+        way=int(params.way & (_Way.REVERSE | _Way.POST)),
         T=params.T,
         H=H,
         k_heads=keys.shape[2],
@@ -2041,8 +2042,8 @@ def _launch_scan(op, config, cut, params, B, q, k, v, g, s0, cu, w, linked, prec
             shape, strides = (rows * T, heads, dim), (heads * dim, dim, 1)
             return jax_triton.TensorDescriptor(x, shape, strides, (C, 1, BD), layout)
 
-        arrays = (described(q, config.BK), described(k, config.BK), described(v, config.BV))
-        arrays = *arrays, arrays[2] if w is None else described(w, config.BV)
+        qd, kd, vd = described(q, config.BK), described(k, config.BK), described(v, config.BV)
+        arrays = qd, kd, vd, vd if w is None else described(w, config.BV)
         own = {"STAGES": config.num_stages, "num_stages": 1, "DUAL": w is not None}
         own |= {"y": 0} if w is None else {}  # which the kernel does not touch
     else:
