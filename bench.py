@@ -20,6 +20,7 @@ import dataclasses
 import datetime
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -29,43 +30,46 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# lightning_attn is imported where it is called: the processes of peers do without it.
 
 HERE = pathlib.Path(__file__).resolve().parent
 LAYER = {"layer_idx": 12, "num_layers": 24}
 PEER_SECONDS = 900  # time limit of a peer for all its shapes, tuning and compilation included
 
-
-def say(text="", end="\n"):
-    print(text, end=end, flush=True)
-
-
-def reason(error):
-    """One short line of an exception."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+Wrong = argparse.ArgumentTypeError
+say = functools.partial(print, flush=True)
+text_of = lambda shape: ", ".join(map(str, shape))
+nbytes = lambda *arrays: sum(x.size * x.dtype.itemsize for x in arrays)
+# Why something failed, in one short line: of an exception, and of what a process wrote.
+reason = lambda error: f"{type(error).__name__}: {error}".splitlines()[0][:160]
+last_line = lambda text: (text.strip().splitlines() or ["it ended early"])[-1][:160]
 
 
 @contextlib.contextmanager
 def noting_failure(failed, what):
-    """Whatever fails inside is noted in `failed`, and the other measurements go on."""
+    """Notes in `failed` what fails inside, so that the other measurements go on."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         failed[what] = reason(error)
 
 
 # What is measured -------------------------------------------------------------------------------
 
+BOTH = "forward", "backward"
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One row: what is called, and what is timed of it."""
+
+class Case(NamedTuple):
+    """One row: what is called, and what is timed of it. --save writes all the fields."""
 
     name: str
     shape: tuple[int, ...]  # B, T, H, D
@@ -77,140 +81,98 @@ class Case:
     final_state: bool = True
     backend: str | None = None
     layout: str = "one"  # a key of LAYOUTS: how the arrays lie on the GPUs
-    timed: tuple[str, ...] = ("forward", "backward")  # keys of `calls`
+    timed: tuple[str, ...] = BOTH  # forward, output (without a final state), backward, both
     memory: tuple[str, ...] = ()  # those of them whose extra memory is wanted
     profiled: tuple[str, ...] = ()  # those of them whose kernels are timed alone
     against: str | None = None  # the name of an earlier row to compare with
 
 
-def minimax_last_layer(heads):
-    slopes = 2.0 ** (-8 * np.arange(1, heads + 1) / heads)
-    return np.float32(-1e-5 * slopes)
-
-
 # Arguments of lightning_attn that set the decays, by the number of heads.
 DECAYS = {
-    "layer 12 of 24": lambda heads: LAYER,
-    "MiniMax's last layer": lambda heads: {"g_gamma": minimax_last_layer(heads)},
-    "g_gamma = 0": lambda heads: {"g_gamma": np.zeros(heads, np.float32)},
+    "layer 12 of 24": lambda H: LAYER,
+    "MiniMax's last layer": lambda H: {
+        "g_gamma": np.float32(-1e-5 * 2.0 ** (-8 / H * np.arange(1, H + 1)))
+    },
+    "g_gamma = 0": lambda H: {"g_gamma": np.zeros(H, np.float32)},
 }
 LAYOUTS = {
     "one": None,
-    "batch": PartitionSpec("gpus"),
-    "tokens": PartitionSpec(None, "gpus"),
-    "heads": PartitionSpec(None, None, "gpus"),
+    "batch": P("gpus"),
+    "tokens": P(None, "gpus"),
+    "heads": P(None, None, "gpus"),
 }
 
-SQUARE = (8, 4096, 32, 128)
-LONG = (1, 32768, 32, 128)
-SHAPES = [
-    SQUARE,
-    LONG,
-    (1, 131072, 8, 128),
-    (16, 2048, 16, 128),
-    (4, 8192, 16, 64),
-    (1, 4096, 16, 128),
-    (2, 8192, 16, 96),
-    (2, 8192, 16, 192),
-    (2, 8192, 16, 256),
-]
-CPU_SHAPES = [(1, tokens, 4, 64) for tokens in (256, 512, 1024, 2048, 4096)]
+
+def shape_of(text):
+    """(B, T, H, D) of "B,T,H,D"."""
+    numbers = text.split(",")
+    if len(numbers) != 4 or not all(n.isdecimal() and int(n) for n in numbers):
+        raise Wrong(f"expected B,T,H,D, four positive integers like 1,4096,16,128, got {text!r}")
+    return tuple(map(int, numbers))
+
+
+shapes_of = lambda text: [shape_of(word) for word in text.split()]
+SQUARE, LONG, NARROW = (8, 4096, 32, 128), (1, 32768, 32, 128), (1, 131072, 8, 128)
+SHAPES = [SQUARE, LONG, NARROW, *shapes_of("16,2048,16,128 4,8192,16,64 1,4096,16,128")]
+SHAPES += shapes_of("2,8192,16,96 2,8192,16,192 2,8192,16,256")
+SHORT_SHAPES = shapes_of("1,4096,16,128 1,1024,64,128 1,512,32,128 1,200,32,128")
+CPU_SHAPES = shapes_of("1,256,4,64 1,512,4,64 1,1024,4,64 1,2048,4,64 1,4096,4,64")
 DECODE_BATCHES = [1, 64, 256]
 DECODE_STEPS = 200  # of a lax.scan
 LENGTHS = [2**n for n in range(11, 18)]  # those that peers are measured at
 LONGER = 2**20
-
-
-def shape_cases(shapes, dtype):
-    timed = ("forward", "output", "backward", "both")
-    return [Case(text_of(s), s, dtype=dtype, timed=timed, memory=("both",)) for s in shapes]
-
-
-def pack_cases(_):
-    pack = Case("one sequence", LONG, final_state=False, memory=("forward", "backward"))
-    packed = functools.partial(dataclasses.replace, pack, against=pack.name)
-    return [
-        pack,
-        *(packed(name=f"{n} sequences", sequences=n) for n in (32, 256, 4096)),
-        packed(name="32 sequences and their final states", sequences=32, final_state=True),
-    ]
-
-
-def decay_cases(_):
-    return [
-        Case(decays, shape, decays=decays, against="layer 12 of 24")
-        for shape in (LONG, (1, 131072, 8, 128))
-        for decays in DECAYS
-    ]
-
-
-def short_cases(_):
-    shapes = (1, 4096, 16, 128), (1, 1024, 64, 128), (1, 512, 32, 128), (1, 200, 32, 128)
-    return [Case(text_of(s), s, profiled=("forward", "backward")) for s in shapes]
-
-
-def variant_cases(_):
-    grouped = Case("8 key and value heads", LONG, kv_heads=8)
-    return [
-        Case("plain JAX", SQUARE, backend="xla"),
-        Case("float16", (4, 4096, 32, 128), dtype="float16"),
-        Case("float32, products in TF32", (4, 4096, 32, 128), dtype="float32"),
-        grouped,
-        dataclasses.replace(
-            grouped, name="the same, repeated first", repeat_kv=True, against=grouped.name
-        ),
-    ]
-
-
-def length_cases(_):
-    def case(name, tokens, **more):
-        both = tokens in (2**15, 2**17, LONGER) and name == "this file"
-        timed = ("forward", "backward") if both else ("forward",)
-        return Case(name, (1, tokens, 16, 128), timed=timed, **more)
-
-    return [
-        *(case("this file", tokens) for tokens in (*LENGTHS, LONGER)),
-        *(case("plain JAX", tokens, backend="xla") for tokens in LENGTHS),
-    ]
-
-
-def device_cases(_):
-    """No cases where there is one GPU."""
-    if jax.device_count() == 1:
-        return []
-    cases = [Case("one", SQUARE)]
-    cases += [Case("one", (1, tokens, 16, 128)) for tokens in (2**15, 2**17, LONGER)]
-    layouts = {True: ("batch", "heads"), False: ("tokens",)}
-    return [
-        dataclasses.replace(case, name=name, layout=name, against="one" if name != "one" else None)
-        for case in cases
-        for name in ("one", *layouts[case.shape is SQUARE])
-    ]
+BACKWARD_LENGTHS = 2**15, 2**17, LONGER
+PACK = Case("one sequence", LONG, final_state=False, memory=BOTH)
+packed = functools.partial(PACK._replace, against=PACK.name)
+PACKS = [
+    PACK,
+    *(packed(name=f"{n} sequences", sequences=n) for n in (32, 256, 4096)),
+    packed(name="32 sequences and their final states", sequences=32, final_state=True),
+]
+SLOW_DECAYS = [
+    Case(decays, shape, decays=decays, against="layer 12 of 24")
+    for shape in (LONG, NARROW)
+    for decays in DECAYS
+]
+SHORT = [Case(text_of(shape), shape, profiled=BOTH) for shape in SHORT_SHAPES]
+GROUPED = Case("8 key and value heads", LONG, kv_heads=8)
+VARIANTS = [
+    Case("plain JAX", SQUARE, backend="xla"),
+    Case("float16", (4, 4096, 32, 128), "float16"),
+    Case("float32, products in TF32", (4, 4096, 32, 128), "float32"),
+    GROUPED,
+    GROUPED._replace(name="the same, repeated first", repeat_kv=True, against=GROUPED.name),
+]
+BY_LENGTH = [
+    *(
+        Case("this file", (1, T, 16, 128), timed=BOTH if T in BACKWARD_LENGTHS else BOTH[:1])
+        for T in (*LENGTHS, LONGER)
+    ),
+    *(Case("plain JAX", (1, T, 16, 128), backend="xla", timed=BOTH[:1]) for T in LENGTHS),
+]
+ON_DEVICES = [
+    Case(layout, shape, layout=layout, against=None if layout == "one" else "one")
+    for shape in (SQUARE, *((1, T, 16, 128) for T in BACKWARD_LENGTHS))
+    for layout in (("one", "batch", "heads") if shape is SQUARE else ("one", "tokens"))
+]
 
 
 def shrunk(case):
     """A case small enough for a rehearsal on a CPU."""
-    limits = 2, 128, 4, 32
-    shape = tuple(map(min, case.shape, limits))
-    sequences, kv_heads = case.sequences and 8, case.kv_heads and 2
-    return dataclasses.replace(case, shape=shape, sequences=sequences, kv_heads=kv_heads)
+    shape = tuple(map(min, case.shape, (2, 128, 4, 32)))
+    return case._replace(shape=shape, sequences=case.sequences and 8, kv_heads=case.kv_heads and 2)
 
 
 # The clock --------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Clock:
+class Clock(NamedTuple):
     seconds: float = 0.2  # of a round
     rounds: int = 3
     repeats: int = 20  # of a short call in a jit
 
-    def program_ms(self, program, sets):
-        """Median time in ms of one of the calls of a program."""
-        return self.ms(functools.partial(program.run, sets)) / program.calls
-
-    def ms(self, run):
-        """Median time of a call in ms. run(n) makes n calls and waits for them."""
+    def ms(self, run, calls=1):
+        """Median time of a call in ms. run(n) makes n * calls calls and waits for them."""
         run(2)
         start = time.perf_counter()
         run(3)
@@ -220,7 +182,7 @@ class Clock:
             start = time.perf_counter()
             run(n)
             times.append((time.perf_counter() - start) / n)
-        return float(np.median(times)) * 1e3
+        return float(np.median(times)) * 1e3 / calls
 
 
 def queue(call, sets, n):
@@ -232,34 +194,28 @@ def queue(call, sets, n):
 
 class Program(NamedTuple):
     run: Callable[[list, int], None]  # run(sets, n) makes n * calls calls
-    calls: int  # that a run makes
+    calls: int
     one: Any  # a single call, compiled; None where nobody asked for it
 
+    def ms(self, clock, sets):
+        return clock.ms(functools.partial(self.run, sets), self.calls)
 
-def compile_one(f, inputs):
-    return jax.jit(f).lower(*inputs).compile()
 
+def compile_program(f, sets, repeats, want_one=False):
+    """A program for such sets of inputs, which may be shapes without values."""
+    large = nbytes(*sets[0]) > 2**27
+    one = jax.jit(f).lower(*sets[0]).compile() if large or want_one else None
+    if large:
+        return Program(functools.partial(queue, one), 1, one)
 
-def compile_many(f, sets, repeats):
-    """So many calls in one program, each over the next set of inputs."""
-
-    def many(sets):
+    def calls(sets):
         outs = [()]
         for i in range(repeats):  # each waits for the one before: XLA would merge equal calls
             inputs, outs[-1] = jax.lax.optimization_barrier((sets[i % len(sets)], outs[-1]))
             outs.append(f(*inputs))
         return outs
 
-    return jax.jit(many).lower(sets).compile()
-
-
-def compile_program(f, sets, repeats, want_one=False):
-    """A program for such sets of inputs, which may be shapes without values."""
-    large = sum(x.size * x.dtype.itemsize for x in sets[0]) > 2**27
-    one = compile_one(f, sets[0]) if large or want_one else None
-    if large:
-        return Program(functools.partial(queue, one), 1, one)
-    many = compile_many(f, sets, repeats)
+    many = jax.jit(calls).lower(sets).compile()
     return Program(lambda sets, n: queue(many, [(sets,)], n), repeats, one)
 
 
@@ -270,14 +226,9 @@ def gpu_time(run, count=20):
         with jax.profiler.trace(folder):
             run(count)
         (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        planes = jax.profiler.ProfileData.from_file(str(trace)).planes
-        streams = [
-            line
-            for plane in planes
-            if "GPU" in plane.name
-            for line in plane.lines
-            if "Stream" in line.name
-        ]
+        profile = jax.profiler.ProfileData.from_file(str(trace))
+        gpus = [plane for plane in profile.planes if "GPU" in plane.name]
+        streams = [line for gpu in gpus for line in gpu.lines if "Stream" in line.name]
         return sum(event.duration_ns for line in streams for event in line.events) / count / 1e6
 
 
@@ -293,7 +244,7 @@ def copy_rate(clock, values):
 
 @functools.cache
 def mesh():
-    count = 2 ** (len(jax.devices()).bit_length() - 1)
+    count = 2 ** (jax.device_count().bit_length() - 1)
     kind = (jax.sharding.AxisType.Auto,)
     return jax.make_mesh((count,), ("gpus",), axis_types=kind, devices=jax.devices()[:count])
 
@@ -301,59 +252,47 @@ def mesh():
 def inputs_of(case):
     """Shapes of q, k, v, do, and of cu_seqlens where the case is a pack."""
     B, T, H, D = case.shape
-    layout = LAYOUTS[case.layout]
-    sharding = None if layout is None else NamedSharding(mesh(), layout)
     kv_heads = case.kv_heads or H
+    layout = LAYOUTS[case.layout]
+    sharding = NamedSharding(mesh(), layout) if layout is not None else None
     arrays = [
         jax.ShapeDtypeStruct((B, T, heads, D), case.dtype, sharding=sharding)
         for heads in (H, kv_heads, kv_heads, H)
     ]
     if case.sequences:
         arrays.append(jax.ShapeDtypeStruct((case.sequences + 1,), jnp.int32))
-    return tuple(arrays)
+    return arrays
 
 
-def count_sets(case):
-    q = inputs_of(case)[0]
-    return 1 if 4 * q.size * q.dtype.itemsize > 2**28 else 4
+# Several sets where one would stay in the L2 cache.
+count_sets = lambda case: 1 if 4 * nbytes(inputs_of(case)[0]) > 2**28 else 4
 
 
 @functools.cache
-def normal(shape, dtype, sharding):
+def normal(like):
     """A function of a key, compiled once for each kind of array."""
-    draw = functools.partial(jax.random.normal, shape=shape, dtype=dtype)
-    return jax.jit(draw, out_shardings=sharding)
-
-
-def draw_array(key, like):
-    return normal(like.shape, like.dtype, like.sharding)(key)
-
-
-def draw_boundaries(tokens, sequences):
-    cuts = np.random.default_rng(0).choice(np.arange(1, tokens), sequences - 1, replace=False)
-    return jnp.asarray(np.r_[0, np.sort(cuts), tokens], jnp.int32)
+    draw = functools.partial(jax.random.normal, shape=like.shape, dtype=like.dtype)
+    return jax.jit(draw, out_shardings=like.sharding)
 
 
 def draw(case):
-    """Sets of inputs: several where one would stay in the L2 cache."""
+    """Sets of inputs."""
     keys = iter(jax.random.split(jax.random.key(0), 16))
-    like = inputs_of(case)[:4]
-    packed = case.sequences is not None
-    rest = (draw_boundaries(case.shape[1], case.sequences),) if packed else ()
-    return [(*(draw_array(next(keys), x) for x in like), *rest) for _ in range(count_sets(case))]
+    like, rest = inputs_of(case)[:4], []
+    if case.sequences:
+        T = case.shape[1]
+        cuts = np.random.default_rng(0).choice(T - 1, case.sequences - 1, replace=False) + 1
+        rest = [jnp.asarray(np.r_[0, np.sort(cuts), T], jnp.int32)]
+    return [[*(normal(x)(next(keys)) for x in like), *rest] for _ in range(count_sets(case))]
 
 
-def attention(case, final_state):
+def attention(case):
     """attend(q, k, v, [cu_seqlens]) -> (output, final state) as the case wants it."""
     from lightning_attn import lightning_attn
 
-    H = case.shape[2]
-    op = functools.partial(
-        lightning_attn,
-        **DECAYS[case.decays](H),
-        backend=case.backend,
-        output_final_state=final_state,
-    )
+    H, tokens = case.shape[2], LAYOUTS["tokens"]
+    fixed = DECAYS[case.decays](H) | {"output_final_state": case.final_state}
+    op = functools.partial(lightning_attn, **fixed, backend=case.backend)
 
     def attend(q, k, v, cu_seqlens=None):
         if case.repeat_kv:
@@ -362,183 +301,108 @@ def attention(case, final_state):
 
     if case.layout != "tokens":
         return attend
-    tokens = LAYOUTS["tokens"]
-    return jax.shard_map(
-        functools.partial(op, seq_axis="gpus"),
-        mesh=mesh(),
-        in_specs=(tokens,) * 3,
-        out_specs=(tokens, PartitionSpec() if final_state else None),
-    )
+    out_specs = tokens, P() if case.final_state else None
+    op = functools.partial(op, seq_axis="gpus")
+    return jax.shard_map(op, mesh=mesh(), in_specs=(tokens,) * 3, out_specs=out_specs)
 
 
-def backward_of(attend):
-    """The gradients alone: what they do not need of the forward pass is not run."""
+def ways_of(attend):
+    """What may be timed of attend, as functions of q, k, v, do, [cu_seqlens]."""
 
-    def backward(q, k, v, do, *rest):
-        return jax.vjp(lambda *qkv: attend(*qkv, *rest)[0], q, k, v)[1](do)
+    def forward(q, k, v, do, *rest):
+        return attend(q, k, v, *rest)
 
-    return backward
-
-
-def both_of(attend):
     def both(q, k, v, do, *rest):
         output, pull_back = jax.vjp(lambda *qkv: attend(*qkv, *rest)[0], q, k, v)
         return output, pull_back(do)
 
-    return both
+    def backward(*inputs):
+        """A jit of it does not run what the gradients do not need of the forward pass."""
+        return both(*inputs)[1]
+
+    return {"forward": forward, "both": both, "backward": backward}
 
 
-def forward_of(attend):
-    def forward(q, k, v, do, *rest):
-        return attend(q, k, v, *rest)
-
-    return forward
-
-
-def calls(case):
-    """What may be timed, as functions of q, k, v, do, [cu_seqlens]."""
-    attend = attention(case, case.final_state)
-    return {
-        "forward": forward_of(attend),
-        "output": forward_of(attention(case, False)),
-        "backward": backward_of(attend),
-        "both": both_of(attend),
-    }
-
-
-def sizes(case):
-    """Bytes of q (and o, do, dq), and of k (and v, dk, dv)."""
-    q, k = inputs_of(case)[:2]
-    return q.size * q.dtype.itemsize, k.size * k.dtype.itemsize
+def call_of(case, way):
+    if way == "output":
+        case, way = case._replace(final_state=False), "forward"
+    return ways_of(attention(case))[way]
 
 
 def floor_bytes(case, way):
-    q, k = sizes(case)
+    """Bytes of q, k, v, o, or of q, k, v, do, dq, dk, dv."""
+    q, k, *_ = map(nbytes, inputs_of(case))
     return 3 * q + 4 * k if way == "backward" else 2 * q + 2 * k
 
 
 # Tables -----------------------------------------------------------------------------------------
 
-
-class Column(NamedTuple):
-    title: str
-    text: Callable[[dict], str]
-    width: int = 8
-
-
-def text_of(shape):
-    return ", ".join(map(str, shape))
-
-
-def ms_text(ms):
-    return f"{ms:.4f}" if ms < 0.1 else f"{ms:.3f}" if ms < 100 else f"{ms:.1f}"
-
-
-def column(title, group, way, text):
-    """A column of row[group][way]: - where it was not wanted."""
-
-    def cell(row):
-        if way in row.get("failed", {}):
-            return "failed"
-        value = row.get(group, {}).get(way)
-        return "-" if value is None else text(value)
-
-    return Column(title, cell)
+us_text = lambda ms: f"{ms * 1e3:.2f}"
+ms_text = lambda ms: f"{ms:.4f}" if ms < 0.1 else f"{ms:.3f}" if ms < 100 else f"{ms:.1f}"
+# A column is kind, of a row, or way:kind, of one way of calling. By kind: title, group of the row
+# that holds the value, text of the value. Without a group the value is the row.
+KINDS = {
+    "name": ("", None, lambda row: row["name"]),
+    "shape": ("B, T, H, D", None, lambda row: text_of(row["shape"])),
+    "error": ("error", None, lambda row: f"{row['error']:.1e}" if "error" in row else "-"),
+    "ms": ("{} ms", "ms", ms_text),
+    "no_state": ("no state", "ms", ms_text),
+    "ns_per_token": ("ns/token", "ms", "{:.2f}".format),
+    "gpu": ("on the GPU", "gpu_ms", ms_text),
+    "floor": ("of floor", "of_floor", "{:.0%}".format),
+    "memory": ("memory", "extra_memory", "{:.1%}".format),
+    "ratio": ("ratio", "against", "{:.2f}x".format),
+    "speedup": ("speedup", "against", lambda ratio: f"{1 / ratio:.2f}x"),
+    "loop_us": ("in lax.scan, us", "ms", us_text),
+    "of_copy": ("of copy rate", "of_floor", "{:.0%}".format),
+    "step_us": ("jit that donates, us", "ms", us_text),
+    "kernel_us": ("its kernel, us", "gpu_ms", us_text),
+}
+LEAST_WIDTH = {"name": 10, "shape": 18}  # 8 for the others
+both_ways = lambda *kinds: [f"{way}:{kind}" for way in BOTH for kind in kinds]
 
 
-def ms_column(title, way):
-    return column(title, "ms", way, ms_text)
-
-
-def per_token_column(way):
-    def cell(row):
-        B, T, _, _ = row["shape"]
-        return f"{row['ms'][way] * 1e6 / (B * T):.2f}" if way in row["ms"] else "-"
-
-    return Column("ns/token", cell)
-
-
-def columns_of(way, *columns):
-    """Columns of one way of calling, each named by what it says."""
-    known = {
-        "ms": ms_column(f"{way} ms", way),
-        "output": ms_column("no state", "output"),
-        "gpu": column("on the GPU", "gpu_ms", way, ms_text),
-        "floor": column("of floor", "of_floor", way, "{:.0%}".format),
-        "memory": column("memory", "extra_memory", way, "{:.1%}".format),
-        "ratio": column("ratio", "against", way, "{:.2f}x".format),
-        "speedup": column("speedup", "against", way, lambda ratio: f"{1 / ratio:.2f}x"),
-        "per_token": per_token_column(way),
-    }
-    return [known[name] for name in columns]
-
-
-def both_ways(*columns):
-    return columns_of("forward", *columns) + columns_of("backward", *columns)
-
-
-NAME = Column("", lambda row: row["name"], 10)
-SHAPE = Column("B, T, H, D", lambda row: text_of(row["shape"]), 18)
-
-
-class Table:
-    """Aligned rows; the first column is flush left, and as wide as the longest of the names."""
-
-    def __init__(self, columns, names=()):
-        self.columns = columns
-        self.widths = [max(column.width, len(column.title)) for column in columns]
-        self.widths[0] = max(self.widths[0], *map(len, names), 0)
-        self.line([c.title for c in columns])
-
-    def line(self, cells):
-        first, *rest = (
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(cells, self.widths, strict=True))
-        )
-        say("  " + "  ".join([first, *rest]).rstrip())
-
-    def row(self, row):
-        self.line([c.text(row) for c in self.columns])
-        for way, why in row.get("failed", {}).items():
-            say(f"    {way}: {why}")
+def cell(row, column):
+    """Text of a column of a row: - where it was not wanted."""
+    way, _, kind = column.rpartition(":")
+    _, group, text = KINDS[kind]
+    if not group:
+        return text(row)
+    if way in row["failed"]:
+        return "failed"
+    if way not in row[group]:
+        return "-"
+    scale = 1e6 / np.prod(row["shape"][:2]) if kind == "ns_per_token" else 1
+    return text(scale * row[group][way])
 
 
 # A run ------------------------------------------------------------------------------------------
 
 GROUPS = "ms", "gpu_ms", "of_floor", "extra_memory", "against", "failed"  # of a row, by way
-
-
-def rows_of(result, section):
-    return result["sections"].get(section, {"rows": []})["rows"]
+rows_of = lambda result, section: result["sections"].get(section, {"rows": []})["rows"]
+ratios = lambda ms, other: {way: ms[way] / other[way] for way in ms if way in other}
 
 
 @dataclasses.dataclass
 class Run:
-    """What was asked for, and what was measured so far."""
+    """What is asked for, and what was measured so far."""
 
     options: argparse.Namespace
     clock: Clock
     result: dict
 
-    def rows(self, section):
-        return rows_of(self.result, section)
+    def section(self, name):
+        return self.result["sections"].setdefault(name, {"rows": []})
 
     def add(self, section, **fields):
         """A new row, whose measurements are to be filled in."""
         row = fields | {group: {} for group in GROUPS}
-        self.result["sections"].setdefault(section, {"rows": []})["rows"].append(row)
+        self.section(section)["rows"].append(row)
         return row
 
-    def note_seconds(self, section, start):
-        seconds = time.perf_counter() - start
-        self.result["sections"].setdefault(section, {"rows": []})["seconds"] = seconds
-        say(f"  {section} took {seconds:.0f} s")
-        self.save()
-
-    def failures(self):
-        """How many rows failed. That a peer cannot be measured is no failure."""
-        sections = self.result["sections"].keys() - {"peers"}
-        return sum(bool(row["failed"]) for section in sections for row in self.rows(section))
+    def of_copy(self, count, ms):
+        """The time of a copy that moves so many bytes, as a share of ms."""
+        return count / self.result["copy_rate"] * 1e3 / ms
 
     def save(self):
         """Writes everything that was measured; a reader never sees half a file."""
@@ -547,30 +411,54 @@ class Run:
             part.write_text(json.dumps(self.result, indent=1))
             part.replace(self.options.save)
 
-    def show(self, table, row):
-        table.row(row)
+    def table(self, columns, names=()):
+        """Prints titles. Returns a function that prints a row and saves the run."""
+        parts = [column.rpartition(":") for column in columns]
+        titles = [KINDS[kind][0].format(way) for way, _, kind in parts]
+        first, *rest = (
+            max(LEAST_WIDTH.get(column, 8), len(title))
+            for column, title in zip(columns, titles, strict=True)
+        )
+        first = max(first, *map(len, names), 0)
+
+        def line(cells):
+            right = map(str.rjust, cells[1:], rest)
+            say("  " + "  ".join([cells[0].ljust(first), *right]).rstrip())
+
+        def show(row):
+            line([cell(row, column) for column in columns])
+            for way, why in row["failed"].items():
+                say(f"    {way}: {why}")
+            self.save()
+
+        line(titles)
+        return show
+
+    def measure(self, name, title, measure):
+        """Measures a section: measure(run, name)."""
+        say(f"\n{name}: {title}")
+        start = time.perf_counter()
+        measure(self, name)
+        self.section(name)["seconds"] = seconds = time.perf_counter() - start
+        say(f"  {name} took {seconds:.0f} s")
         self.save()
 
 
 def compile_case(case, way, repeats):
-    """A Program, or why there is none."""
-    failed = {}
-    with noting_failure(failed, way):
-        shapes = [inputs_of(case)] * count_sets(case)
-        want_one = way in case.memory or way in case.profiled
-        return compile_program(calls(case)[way], shapes, repeats, want_one)
-    return failed[way]
+    shapes = [inputs_of(case)] * count_sets(case)
+    want_one = way in case.memory or way in case.profiled
+    return compile_program(call_of(case, way), shapes, repeats, want_one)
 
 
 def compile_all(cases, repeats, workers):
-    """{(case, way): program or why there is none}, compiled side by side."""
+    """{(case, way): a future of its program}, compiled side by side."""
     start = time.perf_counter()
     jobs = [(case, way) for case in cases for way in case.timed]
     say(f"  compiling {len(jobs)} programs:", end=" ")
     pool = ThreadPoolExecutor(workers)
     try:
-        programs = pool.map(lambda job: compile_case(*job, repeats), jobs)
-        programs = dict(zip(jobs, programs, strict=True))
+        programs = {job: pool.submit(compile_case, *job, repeats) for job in jobs}
+        wait(programs.values())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     say(f"{time.perf_counter() - start:.0f} s")
@@ -579,54 +467,43 @@ def compile_all(cases, repeats, workers):
 
 def measure_way(run, case, way, program, sets, row):
     """Adds to the row all that is wanted of one way of calling."""
-    row["ms"][way] = ms = run.clock.program_ms(program, sets)
+    row["ms"][way] = ms = program.ms(run.clock, sets)
     if way != "both" and case.layout == "one":
-        row["of_floor"][way] = floor_bytes(case, way) / run.result["copy_rate"] * 1e3 / ms
+        row["of_floor"][way] = run.of_copy(floor_bytes(case, way), ms)
     if way in case.memory:
         extra = program.one.memory_analysis().temp_size_in_bytes
-        row["extra_memory"][way] = extra / (2 * sum(sizes(case)))
+        row["extra_memory"][way] = extra / floor_bytes(case, "forward")
     if way in case.profiled:
         row["gpu_ms"][way] = gpu_time(functools.partial(queue, program.one, sets))
 
 
 def measure_case(run, section, case, programs):
     """The row of a case."""
-    row = run.add(section, **dataclasses.asdict(case))
+    row = run.add(section, **case._asdict())
     with noting_failure(row["failed"], "inputs"):
         sets = draw(case)
         for way in case.timed:
-            program = programs[case, way]
-            if isinstance(program, str):
-                row["failed"][way] = program
-                continue
             with noting_failure(row["failed"], way):
+                program = programs[case, way].result()
                 measure_way(run, case, way, program, sets, row)
-    for other in run.rows(section):
+    for other in rows_of(run.result, section):
         if (other["name"], other["shape"]) == (case.against, case.shape):
-            common = row["ms"].keys() & other["ms"].keys()
-            row["against"] = {way: row["ms"][way] / other["ms"][way] for way in common}
+            row["against"] = ratios(row["ms"], other["ms"])
     return row
 
 
-class CaseSection(NamedTuple):
-    """A section whose rows are cases."""
-
-    title: str
-    seconds: int  # about what it takes on an H100
-    cases: Callable[[argparse.Namespace], list[Case]]
-    columns: list[Column]
-    workers: int | None = None  # that compile; None: as many as there are cores
-
-    def measure(self, run, name):
-        cases = self.cases(run.options)
-        if run.options.rehearse:
-            cases = [shrunk(case) for case in cases]
-        if not cases:
-            return say("  skipped: there is one GPU")
-        programs = compile_all(cases, run.clock.repeats, self.workers)
-        table = Table(self.columns, [case.name for case in cases])
-        for case in cases:
-            run.show(table, measure_case(run, name, case, programs))
+def measure_cases(run, name, cases, columns):
+    if name == "devices" and jax.device_count() == 1:
+        say("  skipped: there is one GPU")
+        return
+    if run.options.rehearse:
+        cases = [shrunk(case) for case in cases]
+    # Programs for many GPUs are compiled one at a time: the compiler calls back into Python.
+    workers = 1 if name == "devices" else None
+    programs = compile_all(cases, run.clock.repeats, workers)
+    show = run.table(columns, [case.name for case in cases])
+    for case in cases:
+        show(measure_case(run, name, case, programs))
 
 
 # Sections ---------------------------------------------------------------------------------------
@@ -638,75 +515,55 @@ def decode_step(q, k, v, state):
     return lightning_attn(q, k, v, **LAYER, initial_state=state)
 
 
-def decode_loop(q, k, v, state):
-    """Steps of a lax.scan that carries the state; q, k, v are [steps, B, 1, H, D]."""
-
-    def body(state, token):
-        output, state = decode_step(*token, state)
-        return state, output
-
-    return jax.lax.scan(body, state, (q, k, v))
-
-
-def decode_inputs(shape, steps):
-    """q, k, v of so many steps, and a state."""
+def decode_inputs(shape, *steps):
+    """A state, and q, k, v of so many steps, or of one."""
     B, _, H, D = shape
-    keys = jax.random.split(jax.random.key(0), 4)
-    like = jax.ShapeDtypeStruct((steps, *shape), jnp.bfloat16)
+    token = jax.ShapeDtypeStruct((*steps, *shape), jnp.bfloat16)
     state = jax.ShapeDtypeStruct((B, H, D, D), jnp.float32)
-    return (*(draw_array(key, like) for key in keys[:3]), draw_array(keys[3], state))
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [normal(like)(key) for like, key in zip([state] + [token] * 3, keys, strict=True)]
 
 
-def donating(q, k, v, state):
+def decode_loop_ms(clock, shape):
+    """Time of a step of a lax.scan that carries the state."""
+    inputs = decode_inputs(shape, DECODE_STEPS)
+
+    def loop(state, *tokens):
+        return jax.lax.scan(lambda state, qkv: decode_step(*qkv, state)[::-1], state, tokens)
+
+    loop = jax.jit(loop).lower(*inputs).compile()
+    return clock.ms(functools.partial(queue, loop, [inputs]), DECODE_STEPS)
+
+
+def donating_step(shape):
     """run(n) of decode steps that each give the next one their state, in its memory."""
-    step = jax.jit(decode_step, donate_argnums=3).lower(q, k, v, state).compile()
-    states = [state]
+    state, *qkv = decode_inputs(shape)
+    step = jax.jit(decode_step, donate_argnums=3).lower(*qkv, state).compile()
 
     def run(n):
+        nonlocal state
         for _ in range(n):
-            states[0] = step(q, k, v, states[0])[1]
-        jax.block_until_ready(states[0])
+            state = step(*qkv, state)[1]
+        jax.block_until_ready(state)
 
     return run
 
 
-def time_loop(run, shape):
-    inputs = decode_inputs(shape, DECODE_STEPS)
-    loop = compile_one(decode_loop, inputs)
-    return run.clock.ms(functools.partial(queue, loop, [inputs])) / DECODE_STEPS
-
-
-def measure_decode_row(run, shape):
-    row = run.add("decode", name=f"B = {shape[0]}", shape=shape, dtype="bfloat16")
-    with noting_failure(row["failed"], "scan"):
-        row["ms"]["scan"] = ms = time_loop(run, shape)
-        state_bytes = 4 * shape[0] * shape[2] * shape[3] ** 2
-        row["of_floor"]["scan"] = 2 * state_bytes / run.result["copy_rate"] * 1e3 / ms
-    with noting_failure(row["failed"], "step"):
-        q, k, v, state = decode_inputs(shape, 1)
-        step = donating(q[0], k[0], v[0], state)
-        del state  # it was donated
-        row["ms"]["step"] = run.clock.ms(step)
-        row["gpu_ms"]["step"] = gpu_time(step)
-    return row
-
-
-def measure_decode(run, _):
-    def us(ms):
-        return f"{ms * 1e3:.2f}"
-
-    table = Table(
-        [
-            NAME,
-            column("in lax.scan, us", "ms", "scan", us),
-            column("of copy rate", "of_floor", "scan", "{:.0%}".format),
-            column("jit that donates, us", "ms", "step", us),
-            column("its kernel, us", "gpu_ms", "step", us),
-        ]
-    )
+def measure_decode(run, name):
+    columns = "name", "scan:loop_us", "scan:of_copy", "step:step_us", "step:kernel_us"
+    show = run.table(columns)
     for batch in DECODE_BATCHES:
-        shape = (2, 1, 4, 32) if run.options.rehearse else (batch, 1, 32, 128)
-        run.show(table, measure_decode_row(run, shape))
+        shape = B, _, H, D = (2, 1, 4, 32) if run.options.rehearse else (batch, 1, 32, 128)
+        row = run.add(name, name=f"B = {B}", shape=shape, dtype="bfloat16")
+        with noting_failure(row["failed"], "scan"):
+            row["ms"]["scan"] = ms = decode_loop_ms(run.clock, shape)
+            row["of_floor"]["scan"] = run.of_copy(2 * 4 * B * H * D * D, ms)
+        with noting_failure(row["failed"], "step"):
+            step = donating_step(shape)
+            row["ms"]["step"] = run.clock.ms(step)
+            row["gpu_ms"]["step"] = gpu_time(step)
+            del step  # and its state
+        show(row)
 
 
 FIRST_GRADIENT = """
@@ -724,86 +581,75 @@ print(time.perf_counter() - start, len(kernels))
 """
 
 
-def measure_first(run, _):
+def measure_first(run, name):
     """Seconds and kernels of the first jitted gradient of a process, which has nothing cached."""
-    done = subprocess.run(
-        [sys.executable, "-c", FIRST_GRADIENT],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=HERE,
-    )
-    row = run.add("first", name="first gradient", shape=(1, 4096, 16, 128))
+    command = [sys.executable, "-c", FIRST_GRADIENT]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=HERE)
+    row = run.add(name, name="first gradient", shape=(1, 4096, 16, 128))
     if done.returncode:
-        row["failed"]["first"] = (done.stderr.strip().splitlines() or ["?"])[-1][:160]
+        row["failed"]["first"] = last_line(done.stderr)
         say(f"  failed: {row['failed']['first']}")
     else:
         seconds, kernels = done.stdout.split()[-2:]
         row |= {"first_seconds": float(seconds), "kernels": int(kernels)}
         say(f"  {row['first_seconds']:.2f} s, of which compiling {kernels} kernels is a part")
-    run.save()
 
 
-class OtherSection(NamedTuple):
+def measure_shapes(run, name):
+    columns = ["shape", "forward:ms", "forward:floor", "output:no_state"]
+    columns += ["backward:ms", "backward:floor", "both:ms", "both:memory"]
+    timed = ("forward", "output", "backward", "both")
+    case = functools.partial(Case, dtype=run.options.dtype, timed=timed, memory=("both",))
+    shapes = run.options.shapes or SHAPES
+    measure_cases(run, name, [case(text_of(shape), shape) for shape in shapes], columns)
+
+
+class Section(NamedTuple):
     title: str
-    seconds: int
-    measure: Callable[[Run, str], None]
+    seconds: int  # about what it takes on an H100
+    measure: Callable[[Run, str], None]  # of a run and the section's name
+
+
+def of_cases(cases, columns, *kinds):
+    """A section that measures these cases, and shows these kinds of both ways."""
+    columns = columns.split() + both_ways(*kinds)
+    return lambda run, name: measure_cases(run, name, cases, columns)
 
 
 SECTIONS = {
-    "shapes": CaseSection(
+    "shapes": Section(
         "the main shapes; no state: forward without it; memory: that of both, extra",
         65,
-        lambda options: shape_cases(options.shapes or SHAPES, options.dtype),
-        [
-            SHAPE,
-            *columns_of("forward", "ms", "floor", "output"),
-            *columns_of("backward", "ms", "floor"),
-            *columns_of("both", "ms", "memory"),
-        ],
+        measure_shapes,
     ),
-    "packs": CaseSection(
+    "packs": Section(
         f"packs in {text_of(LONG)}, traced cu_seqlens, no final states",
         25,
-        pack_cases,
-        [NAME, *both_ways("ms", "ratio", "memory")],
+        of_cases(PACKS, "name", "ms", "ratio", "memory"),
     ),
-    "decode": OtherSection("decode steps of 32 heads of 128, float32 state", 20, measure_decode),
-    "decays": CaseSection("slow decays", 20, decay_cases, [NAME, SHAPE, *both_ways("ms", "ratio")]),
-    "short": CaseSection(
+    "decode": Section("decode steps of 32 heads of 128, float32 state", 20, measure_decode),
+    "decays": Section("slow decays", 20, of_cases(SLOW_DECAYS, "name shape", "ms", "ratio")),
+    "short": Section(
         "short prompts, whose times are partly those of launching",
         25,
-        short_cases,
-        [SHAPE, *both_ways("ms", "gpu", "floor")],
+        of_cases(SHORT, "shape", "ms", "gpu", "floor"),
     ),
-    "variants": CaseSection(
+    "variants": Section(
         "plain JAX, dtypes, grouped heads",
         20,
-        variant_cases,
-        [NAME, SHAPE, *both_ways("ms", "floor", "ratio")],
+        of_cases(VARIANTS, "name shape", "ms", "floor", "ratio"),
     ),
-    "lengths": CaseSection(
-        "time against length", 35, length_cases, [NAME, SHAPE, *both_ways("ms", "per_token")]
+    "lengths": Section(
+        "time against length", 35, of_cases(BY_LENGTH, "name shape", "ms", "ns_per_token")
     ),
-    "first": OtherSection("the first jitted gradient of a process", 15, measure_first),
-    # Compiled one at a time: the compiler calls back into Python to partition.
-    "devices": CaseSection(
+    "first": Section("the first jitted gradient of a process", 15, measure_first),
+    "devices": Section(
         "all GPUs and one: jit over batch or heads, seq_axis over tokens",
         60,
-        device_cases,
-        [NAME, SHAPE, *both_ways("ms", "speedup")],
-        workers=1,
+        of_cases(ON_DEVICES, "name shape", "ms", "speedup"),
     ),
 }
 QUICK = ["shapes", "packs", "decode"]
-
-
-def measure_section(run, name):
-    section = SECTIONS[name]
-    say(f"\n{name}: {section.title} (about {section.seconds} s)")
-    start = time.perf_counter()
-    section.measure(run, name)
-    run.note_seconds(name, start)
 
 
 # Peers, each in a process of its own ------------------------------------------------------------
@@ -811,61 +657,22 @@ def measure_section(run, name):
 
 def by_difference(forward, both):
     """Times of a forward pass and, as what both take more than it, of a backward pass."""
-    forward, both = Clock().ms(forward), Clock().ms(both)
     return {"forward": forward, "backward": both - forward}
 
 
-def softmax(shape, dtype):
-    """Causal softmax attention by cuDNN."""
-    clock, sets = Clock(), draw(Case("softmax", shape, dtype=dtype))
-
-    def attend(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn"), None
-
-    forward, both = (
-        clock.program_ms(compile_program(f, sets, clock.repeats), sets)
-        for f in (forward_of(attend), both_of(attend))
-    )
-    return {"forward": forward, "backward": both - forward}
-
-
-def ejkernel(shape, dtype):
-    """Its op cannot be jitted."""
-    from ejkernel.kernels._triton.lightning_attn import lightning_attn
-
-    sets = draw(Case("ejkernel", shape, dtype=dtype))
-
-    def attend(q, k, v):
-        return lightning_attn(q, k, v, *LAYER.values())
-
-    forward, both = forward_of(attend), backward_of(attend)  # eager: backward runs forward as well
-    return by_difference(
-        functools.partial(queue, forward, sets), functools.partial(queue, both, sets)
-    )
-
-
-def torch_array(shape, dtype):
-    import torch
-
-    dtype, grad = getattr(torch, dtype), shape[1] > 1
-    return torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=grad)
-
-
-def torch_state(shape):
-    """Arguments of a decode step: its state."""
-    import torch
-
-    B, T, H, D = shape
-    return {"initial_state": torch.randn(B, H, D, D, device="cuda")} if T == 1 else {}
-
-
-def torch_times(attend, shape, dtype):
+def torch_times(op, shape, dtype):
     """Times of a PyTorch implementation; of a decode step only those of a forward pass."""
     import torch
 
+    B, T, H, D = shape
     torch.manual_seed(0)
-    count = 1 if 8 * np.prod(shape) > 2**28 else 4
-    sets = [[torch_array(shape, dtype) for _ in range(4)] for _ in range(count)]
+    randn = functools.partial(torch.randn, device="cuda")
+    state = {"initial_state": randn(B, H, D, D)} if T == 1 else {}
+    array = functools.partial(randn, shape, dtype=getattr(torch, dtype), requires_grad=T > 1)
+    sets = [[array() for _ in range(4)] for _ in range(count_sets(Case("torch", shape, dtype)))]
+
+    def attend(q, k, v):
+        return op(q, k, v, output_final_state=True, **state)[0]
 
     def run(call, n):
         for i in range(n):
@@ -879,54 +686,52 @@ def torch_times(attend, shape, dtype):
     def both(n):
         run(lambda q, k, v, do: torch.autograd.grad(attend(q, k, v), (q, k, v), do), n)
 
-    if shape[1] == 1:
-        return {"forward": Clock().ms(forward)}
-    return by_difference(forward, both)
-
-
-def fla_lightning(op, shape, dtype):
-    extra = torch_state(shape)
-
-    def attend(q, k, v):
-        return op(q, k, v, *LAYER.values(), output_final_state=True, **extra)[0]
-
-    return torch_times(attend, shape, dtype)
+    forward_ms = Clock().ms(forward)
+    return {"forward": forward_ms} if T == 1 else by_difference(forward_ms, Clock().ms(both))
 
 
 def fla_chunk(shape, dtype):
     from fla.ops.lightning_attn import chunk_lightning_attn
 
-    return fla_lightning(chunk_lightning_attn, shape, dtype)
-
-
-def fla_recurrent(shape, dtype):
-    from fla.ops.lightning_attn import fused_recurrent_lightning_attn
-
-    return fla_lightning(fused_recurrent_lightning_attn, shape, dtype)
+    return torch_times(functools.partial(chunk_lightning_attn, **LAYER), shape, dtype)
 
 
 def fla_fused_chunk(shape, dtype):
     import torch
     from fla.ops.simple_gla import fused_chunk_simple_gla
 
-    heads = shape[2]
-    rate = 8 / heads * (1 - LAYER["layer_idx"] / LAYER["num_layers"])
-    g_gamma = -rate * torch.arange(heads, device="cuda", dtype=torch.float32)
-    extra = torch_state(shape)
-
-    def attend(q, k, v):
-        return fused_chunk_simple_gla(q, k, v, g_gamma=g_gamma, output_final_state=True, **extra)[0]
-
-    return torch_times(attend, shape, dtype)
+    rate = 8 / shape[2] * (1 - LAYER["layer_idx"] / LAYER["num_layers"])
+    g_gamma = -rate * torch.arange(shape[2], device="cuda", dtype=torch.float32)
+    return torch_times(functools.partial(fused_chunk_simple_gla, g_gamma=g_gamma), shape, dtype)
 
 
-PEERS = {
-    "fla_chunk": fla_chunk,
-    "fla_fused_chunk": fla_fused_chunk,
-    "fla_recurrent": fla_recurrent,
-    "ejkernel": ejkernel,
-    "softmax": softmax,
-}
+def fla_recurrent(shape, dtype):
+    from fla.ops.lightning_attn import fused_recurrent_lightning_attn
+
+    return torch_times(functools.partial(fused_recurrent_lightning_attn, **LAYER), shape, dtype)
+
+
+def ejkernel(shape, dtype):
+    """Its op cannot be jitted."""
+    from ejkernel.kernels._triton.lightning_attn import lightning_attn
+
+    sets = draw(Case("ejkernel", shape, dtype))
+    ways = ways_of(lambda q, k, v: lightning_attn(q, k, v, *LAYER.values()))
+    runs = [functools.partial(queue, ways[way], sets) for way in ("forward", "both")]
+    return by_difference(*map(Clock().ms, runs))
+
+
+def softmax(shape, dtype):
+    """Causal softmax attention by cuDNN."""
+    clock, sets = Clock(), draw(Case("softmax", shape, dtype))
+    op = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    ways = ways_of(lambda q, k, v: (op(q, k, v), None))
+    programs = [compile_program(ways[way], sets, clock.repeats) for way in ("forward", "both")]
+    return by_difference(*(program.ms(clock, sets) for program in programs))
+
+
+ALL_PEERS = fla_chunk, fla_fused_chunk, fla_recurrent, ejkernel, softmax
+PEERS = {peer.__name__: peer for peer in ALL_PEERS}
 
 
 def be_peer(name, shapes, dtype):
@@ -938,108 +743,75 @@ def be_peer(name, shapes, dtype):
         say(json.dumps(times))
 
 
-def start_peer(name, shapes, dtype, errors):
+def measure_peer(name, shapes, dtype, add):
+    """Calls add(shape, times) for all shapes; times are {"failed": why} where there are none."""
     command = [sys.executable, __file__, "--peer", name, "--dtype", dtype, "--shapes"]
     command += [",".join(map(str, shape)) for shape in shapes]
     # A peer that wants packages of its own finds them where BENCH_PATH_<peer> says.
     path = os.environ.get(f"BENCH_PATH_{name}", os.environ.get("PYTHONPATH", ""))
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path},
-    )
-
-
-def read_peer(process, shapes):
-    """Yields the times of one shape after the other, as far as the process gets in its time."""
-    stop = threading.Timer(PEER_SECONDS, process.kill)
-    stop.start()
-    try:
-        lines = (line for line in process.stdout if line.startswith("{"))
-        for _, line in zip(shapes, lines, strict=False):
-            yield json.loads(line)
-        process.wait()
-    finally:
-        late = stop.finished.is_set()
-        stop.cancel()
-        process.kill()
-        process.wait()
-    if late:
-        raise TimeoutError(f"it took more than {PEER_SECONDS} s")
-
-
-def peer_times(name, shapes, dtype):
-    """Yields (shape, times) for all shapes; times are {"failed": why} where there are none."""
-    left = list(shapes)
+    left, pipes = list(shapes), {"stdout": subprocess.PIPE, "text": True}
     with tempfile.TemporaryFile("w+") as errors:
+        env = os.environ | {"PYTHONPATH": path}
+        process = subprocess.Popen(command, stderr=errors, env=env, **pipes)
+        stop = threading.Timer(PEER_SECONDS, process.kill)
+        stop.start()
         try:
-            process = start_peer(name, shapes, dtype, errors)
-            with contextlib.closing(read_peer(process, shapes)) as lines:
-                for times in lines:
-                    yield left.pop(0), times
-            errors.seek(0)
-            why = (errors.read().strip().splitlines() or ["it ended early"])[-1][:160]
-        except TimeoutError as error:
-            why = str(error)
+            lines = (line for line in process.stdout if line.startswith("{"))
+            for _, line in zip(shapes, lines, strict=False):
+                add(left.pop(0), json.loads(line))
+            process.wait()
+            late = stop.finished.is_set()
+        finally:
+            stop.cancel()
+            process.kill()
+            process.wait()
+        errors.seek(0)
+        why = f"it took more than {PEER_SECONDS} s" if late else last_line(errors.read())
     for shape in left:
-        yield shape, {"failed": why}
+        add(shape, {"failed": why})
 
 
 def own_times(run):
     """{shape: ms of forward and backward} of what peers are compared with."""
     found = {}
-    for name in ("lengths", "decode", "shapes"):
-        for row in run.rows(name):
-            ms = row["ms"]
-            too_long = name == "lengths" and row["shape"][1] == LONGER
-            wanted = row["name"] != "plain JAX" and not too_long
-            if ms and wanted and row["dtype"] == run.options.dtype:
-                found[tuple(row["shape"])] = {"forward": ms["step"]} if "step" in ms else ms
+    for section in ("lengths", "decode", "shapes"):
+        for row in rows_of(run.result, section):
+            shape, ms = row["shape"], row["ms"]
+            ours = row["name"] != "plain JAX" and row["dtype"] == run.options.dtype
+            if ms and ours and (section, shape[1]) != ("lengths", LONGER):
+                found[shape] = {"forward": ms["step"]} if "step" in ms else ms
     return found
 
 
-def measure_peers(run, names):
-    own = own_times(run)
-    say(f"\npeers: other implementations, {run.options.dtype}, each in a process of its own")
-    start = time.perf_counter()
-    table = Table([NAME, SHAPE, *both_ways("ms", "ratio")], names)
+def measure_peers(run, section):
+    own, dtype, names = own_times(run), run.options.dtype, run.options.peers or list(PEERS)
+    show = run.table(["name", "shape", *both_ways("ms", "ratio")], names)
+
+    def add(name, shape, times):
+        row = run.add(section, name=name, shape=shape, dtype=dtype)
+        if "failed" in times:
+            row["failed"]["forward"] = times.pop("failed")
+        row |= {"ms": times, "against": ratios(times, own[shape])}
+        show(row)
+
     for name in names:
-        # the others have no decode step
+        # The others have no decode step.
         shapes = [shape for shape in own if shape[1] > 1 or name == "fla_recurrent"]
-        with contextlib.closing(peer_times(name, shapes, run.options.dtype)) as found:
-            for shape, times in found:
-                run.show(table, add_peer_row(run, name, shape, times, own[shape]))
-    run.note_seconds("peers", start)
-
-
-def add_peer_row(run, name, shape, times, own):
-    why = times.pop("failed", None)
-    row = run.add("peers", name=name, shape=shape, dtype=run.options.dtype)
-    row["ms"] = times
-    row["against"] = {way: ms / own[way] for way, ms in times.items() if way in own}
-    if why:
-        row["failed"]["forward"] = why
-    return row
+        measure_peer(name, shapes, dtype, functools.partial(add, name))
 
 
 def fastest_other(result, shape, way):
     """(ms, name) of the fastest peer at a shape, or None."""
-    times = [
-        (row["ms"][way], row["name"])
-        for row in rows_of(result, "peers")
-        if tuple(row["shape"]) == tuple(shape) and way in row["ms"]
-    ]
-    return min(times, default=None)
+    rows = [row for row in rows_of(result, "peers") if row["shape"] == shape and way in row["ms"]]
+    return min(((row["ms"][way], row["name"]) for row in rows), default=None)
 
 
-def show_fastest(run):
+def show_fastest(result):
     say("\nthe fastest other implementation at the main shapes, and how many times ours it takes")
-    for row in run.rows("shapes"):
+    for row in rows_of(result, "shapes"):
         texts = []
-        for way in ("forward", "backward"):
-            other = fastest_other(run.result, row["shape"], way)
+        for way in BOTH:
+            other = fastest_other(result, row["shape"], way)
             if other and way in row["ms"]:
                 texts.append(f"{way} {other[1]} {other[0] / row['ms'][way]:.2f}x")
         say(f"  {text_of(row['shape']):<18}  {', '.join(texts) or 'none was measured'}")
@@ -1048,52 +820,43 @@ def show_fastest(run):
 # Launch configurations --------------------------------------------------------------------------
 
 
-def configurations(head_dim, dtype, hopper):
-    """Fields of `_Config` that are tried, for the Hopper kernel or for the Triton kernel."""
-    for C in (32, 64):
-        for BV in (b for b in (32, 64, 128) if b <= head_dim):
-            for warps in (4, 8):
-                for stages in (1, 2, 3, 4):
-                    fits = C == 64 and warps * 16 == BV and stages > 1 and dtype != "float32"
-                    if fits or not hopper:
-                        yield {"C": C, "BV": BV, "num_warps": warps, "num_stages": stages}
+def configurations(la, case):
+    """The kernels, and fields of `_Config`, that are tried."""
+    sizes = (32, 64), (32, 64, 128), (4, 8), (1, 2, 3, 4)
+    for kernel in (la._hopper_kernel, la._scan_kernel):
+        for C, BV, warps, stages in itertools.product(*sizes):
+            fits = C == 64 and warps * 16 == BV and stages > 1 and case.dtype != "float32"
+            if case.shape[3] >= BV and (fits or kernel is la._scan_kernel):
+                yield kernel, {"C": C, "BV": BV, "num_warps": warps, "num_stages": stages}
 
 
 def time_configuration(la, case, sets, fields):
     """ms of a forward pass that is launched so."""
-    chosen = la._config
+    chosen, clock = la._config, Clock()
     la._config = lambda *args: dataclasses.replace(chosen(*args), **fields)
     jax.clear_caches()
     try:
-        program = compile_program(calls(case)["forward"], sets, Clock().repeats)
-        return Clock().program_ms(program, sets)
+        return compile_program(call_of(case, "forward"), sets, clock.repeats).ms(clock, sets)
     finally:
         la._config = chosen
 
 
-def tune_case(case):
-    """Times every configuration; returns [(ms, its text)]."""
-    import lightning_attn as la
-
-    sets, found, failed = draw(case), [], {}
-    for kernel in (la._hopper_kernel, la._scan_kernel):
-        for fields in configurations(case.shape[3], case.dtype, kernel is la._hopper_kernel):
-            text = f"{kernel.__name__} " + " ".join(f"{k}={v}" for k, v in fields.items())
-            with noting_failure(failed, text):
-                found.append(
-                    (time_configuration(la, case, sets, {"kernel": kernel} | fields), text)
-                )
-    for text, why in failed.items():
-        say(f"    {text}: {why[:80]}")
-    return found
-
-
 def tune():
     """Prints the fastest launch configurations: what `_config` should choose."""
+    import lightning_attn as la
+
     for D, dtype in (64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (128, "float32"):
-        case = Case("tune", (4, 4096, 4096 // D, D), dtype=dtype)
+        case = Case("tune", (4, 4096, 4096 // D, D), dtype)
         say(f"{text_of(case.shape)} {dtype}")
-        for ms, text in sorted(tune_case(case))[:6]:
+        sets, found, failed = draw(case), [], {}
+        for kernel, fields in configurations(la, case):
+            text = f"{kernel.__name__} " + " ".join(f"{k}={v}" for k, v in fields.items())
+            with noting_failure(failed, text):
+                ms = time_configuration(la, case, sets, {"kernel": kernel} | fields)
+                found.append((ms, text))
+        for text, why in failed.items():
+            say(f"    {text}: {why[:80]}")
+        for ms, text in sorted(found)[:6]:
             say(f"  {ms:.3f} ms  {text}")
 
 
@@ -1111,69 +874,37 @@ def cpu_time(f, *inputs):
     return min(times) * 1e3
 
 
-@jax.jit
-def cpu_lightning(q, k, v):
-    from lightning_attn import lightning_attn
-
-    return lightning_attn(q, k, v, **LAYER)[0]
-
-
-@jax.jit
-def cpu_recurrence(q, k, v):
-    from lightning_attn import lightning_attn_reference
-
-    return lightning_attn_reference(q, k, v, **LAYER)[0]
-
-
-@jax.jit
-def cpu_softmax(q, k, v):
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-
-
-def cpu_error(q, k, v):
-    """Of the outputs, relative to those of the recurrence."""
-    got, want = (f(q, k, v).astype(jnp.float32) for f in (cpu_lightning, cpu_recurrence))
-    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
-
-
-def measure_cpu_row(run, shape):
-    row = run.add("cpu", name=text_of(shape), shape=shape, dtype=run.options.dtype)
-    with noting_failure(row["failed"], "inputs"):
-        q, k, v, _ = draw(Case("cpu", shape, dtype=run.options.dtype))[0]
-        for way, f in {"lightning": cpu_lightning, "softmax": cpu_softmax}.items():
-            with noting_failure(row["failed"], way):
-                row["ms"][way] = cpu_time(f, q, k, v)
-        with noting_failure(row["failed"], "error"):
-            row["error"] = cpu_error(q, k, v)
-    return row
-
-
 def measure_cpu(run):
-    say(f"no GPU: plain JAX on the CPU, {run.options.dtype}, forward\n")
+    from lightning_attn import lightning_attn, lightning_attn_reference
 
-    def error(row):
-        return f"{row['error']:.1e}" if "error" in row else "-"
-
-    table = Table(
-        [
-            SHAPE,
-            ms_column("lightning ms", "lightning"),
-            ms_column("softmax ms", "softmax"),
-            Column("error", error),
-        ]
-    )
-    for shape in run.options.shapes or CPU_SHAPES:
-        run.show(table, measure_cpu_row(run, shape))
-    show_growth(*(run.rows("cpu")[i] for i in (0, -1)))
+    ours = jax.jit(lambda q, k, v: lightning_attn(q, k, v, **LAYER)[0])
+    recurrence = jax.jit(lambda q, k, v: lightning_attn_reference(q, k, v, **LAYER)[0])
+    softmax = jax.jit(functools.partial(jax.nn.dot_product_attention, is_causal=True))
+    dtype, shapes = run.options.dtype, run.options.shapes or CPU_SHAPES
+    say(f"no GPU: plain JAX on the CPU, {dtype}, forward\n")
+    show = run.table(["shape", "lightning:ms", "softmax:ms", "error"])
+    for shape in shapes:
+        row = run.add("cpu", name=text_of(shape), shape=shape, dtype=dtype)
+        with noting_failure(row["failed"], "inputs"):
+            q, k, v, _ = draw(Case("cpu", shape, dtype))[0]
+            for way, f in {"lightning": ours, "softmax": softmax}.items():
+                with noting_failure(row["failed"], way):
+                    row["ms"][way] = cpu_time(f, q, k, v)
+            with noting_failure(row["failed"], "error"):
+                got, want = (f(q, k, v).astype(jnp.float32) for f in (ours, recurrence))
+                row["error"] = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+        show(row)
+    rows = rows_of(run.result, "cpu")
+    show_growth(rows[0], rows[-1])
 
 
 def show_growth(first, last):
     """How the times grew with the tokens, where these are all that grew."""
     (B, T, *heads), (last_B, last_T, *last_heads) = first["shape"], last["shape"]
-    ways = [way for way in ("lightning", "softmax") if way in first["ms"] and way in last["ms"]]
-    if (B, heads) == (last_B, last_heads) and last_T > T and ways:
-        growth = [f"{way} {last['ms'][way] / first['ms'][way]:.0f} times the time" for way in ways]
-        say(f"\n  {last_T / T:g} times the tokens: {', '.join(growth)}")
+    growth = ratios(last["ms"], first["ms"])
+    if (B, heads) == (last_B, last_heads) and last_T > T and growth:
+        texts = [f"{way} {ratio:.0f} times the time" for way, ratio in growth.items()]
+        say(f"\n  {last_T / T:g} times the tokens: {', '.join(texts)}")
 
 
 # The plot ---------------------------------------------------------------------------------------
@@ -1191,29 +922,29 @@ LINES = {  # label, colour
     "ejkernel": ("ejkernel", "#5f8f6b"),
     "CPU lightning": ("this file", OURS),
 }
-STYLE = {
+GREY_PARTS = "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"
+NO_TICKS = [f"{axis}tick.{kind}.size" for axis in "xy" for kind in ("major", "minor")]
+STYLE = dict.fromkeys(GREY_PARTS, GREY) | dict.fromkeys(NO_TICKS, 0)
+STYLE |= {
     "font.family": "sans-serif",
     "font.sans-serif": ["Inter", "Helvetica Neue", "Arial", "DejaVu Sans"],
     "font.size": 10,
     "text.color": INK,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": GREY,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
+    "grid.color": FAINT,
     "svg.hashsalt": "lightning_attn",
+    "xaxis.labellocation": "left",
 }
 
 
 def length_lines(result):
     """{contestant: [(tokens, ms)]} of forward passes of one batch row, sorted by tokens."""
     lengths = rows_of(result, "lengths")
-    shapes = {tuple(row["shape"]) for row in lengths}
-    peers = [row for row in rows_of(result, "peers") if tuple(row["shape"]) in shapes]
+    shapes = [row["shape"] for row in lengths]
+    peers = [row for row in rows_of(result, "peers") if row["shape"] in shapes]
     points = [(row["name"], row, "forward") for row in lengths + peers]
     points += [(f"CPU {way}", row, way) for row in rows_of(result, "cpu") for way in row["ms"]]
     lines = {}
@@ -1225,24 +956,17 @@ def length_lines(result):
 
 def bars(result):
     """[(shape, ours, floor, other)] of forward passes at the main shapes; other is (ms, name)."""
-    return [
-        (
-            tuple(row["shape"]),
-            row["ms"]["forward"],
-            row["ms"]["forward"] * row["of_floor"]["forward"],
-            fastest_other(result, row["shape"], "forward"),
-        )
-        for row in rows_of(result, "shapes")
-        if "forward" in row["of_floor"]
-    ]
+    found = []
+    for row in rows_of(result, "shapes"):
+        if "forward" in row["of_floor"]:
+            ms, shape = row["ms"]["forward"], row["shape"]
+            floor, other = ms * row["of_floor"]["forward"], fastest_other(result, shape, "forward")
+            found.append((shape, ms, floor, other))
+    return found
 
 
-def short_number(value):
-    """65536 as 64k, 1048576 as 1M."""
-    for unit, name in ((2**20, "M"), (2**10, "k")):
-        if value >= unit and value % unit == 0:
-            return f"{value // unit}{name}"
-    return str(value)
+# 64k for 65536, 1M for 1048576.
+short = lambda n: f"{n >> 20}M" if n % 2**20 == 0 else f"{n >> 10}k" if n % 2**10 == 0 else f"{n}"
 
 
 def spread(heights, gap):
@@ -1251,23 +975,22 @@ def spread(heights, gap):
     moved = np.array(heights, float)[order]
     for _ in range(100):
         for i in range(len(moved) - 1):
-            lack = gap - (moved[i + 1] - moved[i])
-            if lack > 1e-9:
-                moved[i] -= lack / 2
-                moved[i + 1] += lack / 2
-    back = np.empty(len(moved))
-    back[order] = moved
-    return back
-
-
-def line_style(contestant):
-    """(label, colour)"""
-    return LINES.get(contestant, (contestant, GREY))
+            lack = max(0, gap - (moved[i + 1] - moved[i]))
+            moved[i] -= lack / 2
+            moved[i + 1] += lack / 2
+    return moved[np.argsort(order)]
 
 
 def panel_title(axes, title, subtitle):
     axes.set_title(title, loc="left", fontsize=12.5, fontweight="bold", color=INK, pad=26)
     axes.text(0, 1.025, subtitle, transform=axes.transAxes, color=GREY, fontsize=9.5)
+
+
+def note(axes, text, point, color, **more):
+    """A text to the right of a point."""
+    weight = "bold" if color == OURS else "normal"
+    style = {"xytext": (6, 0), "fontsize": 9, "fontweight": weight, "color": color} | more
+    axes.annotate(text, point, textcoords="offset points", va="center", **style)
 
 
 def label_lines(axes, lines):
@@ -1278,144 +1001,92 @@ def label_lines(axes, lines):
         names = [name for name in ends if ends[name][0] == tokens]
         heights = spread([np.log10(ends[name][1]) for name in names], (high - low) / 21)
         for name, height in zip(names, heights, strict=True):
-            label, colour = line_style(name)
-            axes.annotate(
-                label,
-                (tokens, 10**height),
-                xytext=(9, 0),
-                textcoords="offset points",
-                va="center",
-                color=colour,
-                fontweight="bold" if colour == OURS else "normal",
-            )
+            label, colour = LINES.get(name, (name, GREY))
+            offset = (9, 0) if colour == OURS else (6, 9)  # clear of our line, which goes on
+            note(axes, label, (tokens, 10**height), colour, xytext=offset, fontsize=10)
 
 
 def draw_lines(axes, lines):
     """Left: time against sequence length."""
-    for name in lines:
-        _, colour = line_style(name)
-        ours = colour == OURS
-        axes.loglog(
-            *zip(*lines[name], strict=True),
-            color=colour,
-            linewidth=2.6 if ours else 1.5,
-            marker="o",
-            markersize=5.5 if ours else 3.8,
-            zorder=3 if ours else 2,
-            solid_capstyle="round",
-        )
+    for name, points in lines.items():
+        _, colour = LINES.get(name, (name, GREY))
+        width, size, order = (2.6, 5.5, 3) if colour == OURS else (1.5, 3.8, 2)
+        style = {"linewidth": width, "markersize": size, "zorder": order, "color": colour}
+        axes.loglog(*zip(*points, strict=True), marker="o", solid_capstyle="round", **style)
     tokens = sorted({point[0] for points in lines.values() for point in points})
     ticks = tokens[::2] if len(tokens) > 6 else tokens
     ticks = ticks if ticks[-1] == tokens[-1] else [*ticks, tokens[-1]]
-    axes.set_xticks(ticks, [short_number(t) for t in ticks])
+    axes.set_xticks(ticks, [short(t) for t in ticks])
     axes.set_xlim(tokens[0] / 1.25, tokens[-1] * 4.5)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g} ms")
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    axes.set_xlabel("tokens", loc="left")
+    axes.grid(axis="y")
+    axes.set_xlabel("tokens")
     label_lines(axes, lines)
-
-
-def draw_bar(axes, y, contestant, ms, floor, more=""):
-    """A bar as long as the time is in memory floors, with its time beside it."""
-    label, colour = line_style(contestant)
-    ours = colour == OURS
-    axes.barh(y, ms / floor, height=0.36, color=colour, alpha=1 if ours else 0.38)
-    axes.annotate(
-        f"{ms:#.3g}".rstrip(".") + " ms" + ("" if ours else f"  {label}{more}"),
-        (ms / floor, y),
-        xytext=(6, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=9,
-        color=OURS if ours else GREY,
-        fontweight="bold" if ours else "normal",
-    )
-
-
-def draw_floor(axes):
-    axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 2)))
-    axes.annotate(
-        "memory floor",
-        (1, -0.72),
-        xytext=(6, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=9,
-        color=INK,
-    )
 
 
 def draw_bars(axes, found):
     """Right: ours and the fastest other, as multiples of the memory floor."""
+
+    def draw(y, ms, floor, colour, alpha, text=""):
+        """A bar as long as the time is in memory floors, with its time beside it."""
+        axes.barh(y, ms / floor, height=0.36, color=colour, alpha=alpha)
+        text = f"{ms:#.3g}".rstrip(".") + " ms" + text
+        note(axes, text, (ms / floor, y), OURS if alpha == 1 else GREY)
+
     for i, (_, ours, floor, other) in enumerate(found):
-        draw_bar(axes, i - 0.2, "this file", ours, floor)
+        draw(i - 0.2, ours, floor, OURS, 1)
         if other:
-            ms, name = other
-            draw_bar(axes, i + 0.2, name, ms, floor, f", {ms / ours:.1f}x")
-    draw_floor(axes)
+            label, colour = LINES.get(other[1], (other[1], GREY))
+            text = f"  {label}, {other[0] / ours:.1f}x"
+            draw(i + 0.2, other[0], floor, colour, 0.38, text)
+    axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 2)))
+    note(axes, "memory floor", (1, -0.72), INK)
     widest = max(max(ours, other[0] if other else 0) / floor for _, ours, floor, other in found)
     axes.set_ylim(len(found) - 0.4, -1.05)
     axes.set_xlim(0, widest * 1.55)
     axes.set_yticks(range(len(found)), [text_of(shape) for shape, *_ in found])
-    axes.set_xlabel("time, in memory floors", loc="left")
+    axes.set_xlabel("time, in memory floors")
     axes.locator_params(axis="x", integer=True)
-    axes.tick_params(length=0)
     axes.tick_params(axis="y", labelcolor=INK)
     axes.spines["left"].set_visible(False)
-    axes.grid(axis="x", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
+    axes.grid(axis="x")
 
 
 def caption(result):
     """Machine, versions, date, and what the floor is."""
-    machine = result["machine"]
-    found = {name: result["versions"][name] for name in ("jax", "triton")}
-    versions = [f"{name} {version}" for name, version in found.items() if version]
-    words = [machine["device"], *versions, result["date"]]
-    if result.get("copy_rate"):
-        rate = result["copy_rate"] / 1e12
-        words.append(
-            f"floor: q, k, v read and o written once at the rate of a copy, {rate:.2f} TB/s"
-        )
+    versions = {name: result["versions"][name] for name in ("jax", "triton")}
+    words = [f"{name} {version}" for name, version in versions.items() if version]
+    words = [result["machine"]["device"], *words, result["date"]]
+    if "copy_rate" in result:
+        rate = f"{result['copy_rate'] / 1e12:.2f} TB/s"
+        words.append(f"floor: q, k, v read and o written once at the rate of a copy, {rate}")
     return "   ·   ".join(words)
 
 
-def draw_panels(result, figure):
-    lines, found = length_lines(result), bars(result)
-    count = bool(lines) + bool(found)
-    panels = list(figure.subplots(1, count, squeeze=False, width_ratios=[1, 1][:count])[0])
-    if lines:
-        first = (rows_of(result, "lengths") or rows_of(result, "cpu"))[0]
-        B, _, H, D = first["shape"]
-        what = f"batch {B}, {H} heads of {D}, {first['dtype']}"
-        panel_title(panels[0], "Forward pass against sequence length", what)
-        draw_lines(panels[0], lines)
-    if found:
-        dtype = rows_of(result, "shapes")[0]["dtype"]
-        panel_title(
-            panels[-1],
-            "Forward pass at the main shapes",
-            f"batch, tokens, heads, head dim; {dtype}; this file and the fastest other",
-        )
-        draw_bars(panels[-1], found)
-    return count
-
-
-def plot(source, target):
+def plot(result, target):
     """Draws what a file of --save holds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    result = json.loads(pathlib.Path(source).read_text())
+    lines, found = length_lines(result), bars(result)
+    count = bool(lines) + bool(found)
     with plt.rc_context(STYLE):
-        figure = plt.figure(layout="constrained")
+        figure, (panels,) = plt.subplots(1, count, squeeze=False, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-        count = draw_panels(result, figure)
         figure.set_size_inches(6.6 * count, 5.4)
+        if lines:
+            row = (rows_of(result, "lengths") or rows_of(result, "cpu"))[0]
+            B, _, H, D = row["shape"]
+            what = f"batch {B}, {H} heads of {D}, {row['dtype']}"
+            panel_title(panels[0], "Forward pass against sequence length", what)
+            draw_lines(panels[0], lines)
+        if found:
+            dtype = rows_of(result, "shapes")[0]["dtype"]
+            what = f"batch, tokens, heads, head dim; {dtype}; this file and the fastest other"
+            panel_title(panels[-1], "Forward pass at the main shapes", what)
+            draw_bars(panels[-1], found)
         figure.supxlabel(caption(result), x=0.01, ha="left", fontsize=8.5, color=GREY)
         pathlib.Path(target).parent.mkdir(parents=True, exist_ok=True)
         metadata = {"Date": None} if target.endswith(".svg") else {}
@@ -1426,219 +1097,157 @@ def plot(source, target):
 # The command line -------------------------------------------------------------------------------
 
 
-def shape_of(text):
-    """(B, T, H, D) of "B,T,H,D"."""
-    try:
-        shape = tuple(map(int, text.split(",")))
-    except ValueError:
-        shape = ()
-    if len(shape) != 4 or min(shape) < 1:
-        raise argparse.ArgumentTypeError(
-            f"expected B,T,H,D, four positive integers like 1,4096,16,128, got {text!r}"
-        )
-    return shape
-
-
 def sections_of(text):
     names = text.split(",")
-    unknown = [name for name in names if name not in SECTIONS]
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"expected some of {','.join(SECTIONS)}, got {','.join(unknown)!r}"
-        )
+    if unknown := [name for name in names if name not in SECTIONS]:
+        raise Wrong(f"expected some of {','.join(SECTIONS)}, got {','.join(unknown)!r}")
     return names
 
 
-def sections_help():
-    lines = [
-        f"  {name:<9} about {section.seconds:>2} s  {section.title}"
-        for name, section in SECTIONS.items()
-    ]
-    total = sum(section.seconds for name, section in SECTIONS.items() if name != "devices")
-    return "\n".join(
-        [
-            "sections on one H100 (--only), with compilation:",
-            *lines,
-            f"All take about {total} s on one GPU. The CPU comparison takes under a minute.",
-        ]
-    )
+def path_to_save(path):
+    if not pathlib.Path(path).absolute().parent.is_dir():
+        raise Wrong(f"there is no folder for {path!r}")
+    return path
 
 
-def add_choices(add):
-    """Options that say what is measured."""
-    quick = sum(SECTIONS[name].seconds for name in QUICK)
-    add(
-        "--only",
-        type=sections_of,
-        metavar="NAME[,NAME]",
-        help="these sections alone (GPU); their times are below",
-    )
-    add(
-        "--quick",
-        action="store_true",
-        help=f"only {', '.join(QUICK)}, one round each (GPU): about {quick * 2 // 3} s",
-    )
-    add(
-        "--shapes",
-        nargs="+",
-        type=shape_of,
-        metavar="B,T,H,D",
-        help="these shapes alone: on a GPU about 5 s each",
-    )
-    add(
-        "--dtype",
-        choices=["bfloat16", "float16", "float32"],
-        help="of the main shapes and the peers, by default bfloat16; on a CPU of all that is "
-        "measured, by default float32. Costs no time",
-    )
-    add(
-        "--peers",
-        nargs="*",
-        choices=list(PEERS),
-        metavar="NAME",
-        help=f"also other implementations (GPU), all or some of {', '.join(PEERS)}, at the shapes "
-        "of those of the sections shapes, lengths and decode that run: one to five minutes each, "
-        f"and {PEER_SECONDS // 60} at most",
-    )
-    add(
-        "--tune",
-        action="store_true",
-        help="time the launch configurations of the kernels and nothing else (GPU): ten minutes "
-        "or more",
-    )
-    add("--peer", choices=list(PEERS), help=argparse.SUPPRESS)  # be the process of a peer
-    add("--rehearse", action="store_true", help=argparse.SUPPRESS)  # GPU sections, tiny, on a CPU
+def path_to_draw(path):
+    if not path.endswith((".png", ".svg")):
+        raise Wrong(f"expected a name that ends with .png or .svg, got {path!r}")
+    return path
 
 
-def add_files(add):
-    """Options that say what is written."""
-    add("--save", metavar="FILE.json", help="write all that is measured, row by row: no time")
-    add("--plot", metavar="FILE.json", help="draw a file of --save and measure nothing: 5 s")
-    add(
-        "--plot-out",
-        metavar="FILE",
-        help="where --plot draws to, .png or .svg, by default assets/speed.png",
-    )
+def saved_result(path):
+    """What --save wrote there, if it can be drawn."""
+    try:
+        result = json.loads(pathlib.Path(path).read_text())
+        drawable = length_lines(result) or bars(result)
+    except Exception as error:
+        what = f"expected a file that --save wrote, got {path!r}: {reason(error)}"
+        raise Wrong(what) from error
+    if not drawable:
+        raise Wrong(f"{path!r} has no rows of the sections lengths and shapes")
+    return result
+
+
+GPU_SECONDS = sum(section.seconds for name, section in SECTIONS.items() if name != "devices")
+EPILOG = "sections on one H100 (--only), with compilation:\n"
+for name, section in SECTIONS.items():
+    EPILOG += f"  {name:<9} about {section.seconds:>2} s  {section.title}\n"
+EPILOG += f"All take about {GPU_SECONDS} s on one GPU. The CPU comparison takes under a minute."
+QUICK_SECONDS = sum(SECTIONS[name].seconds for name in QUICK) * 2 // 3  # rounds are fewer
+HELP = {
+    "--only": "these sections alone (GPU); their times are below",
+    "--quick": f"only {', '.join(QUICK)}, one round each (GPU): about {QUICK_SECONDS} s",
+    "--shapes": "these shapes alone: on a GPU about 5 s each",
+    "--dtype": "of the main shapes and the peers, by default bfloat16; on a CPU of all that is "
+    "measured, by default float32. Costs no time",
+    "--peers": f"also other implementations (GPU), all or some of {', '.join(PEERS)}, at the "
+    "shapes of those of the sections shapes, lengths and decode that run: one to five minutes "
+    f"each, and {PEER_SECONDS // 60} at most",
+    "--tune": "time the launch configurations of the kernels and nothing else (GPU): ten minutes "
+    "or more",
+    "--save": "write all that is measured, row by row: no time",
+    "--plot": "draw a file of --save and measure nothing: 5 s",
+    "--plot-out": "where --plot draws to, .png or .svg, by default assets/speed.png",
+    "--peer": argparse.SUPPRESS,  # be the process of a peer
+    "--rehearse": argparse.SUPPRESS,  # the sections of a GPU, tiny, on a CPU
+}
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=sections_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_choices(parser.add_argument)
-    add_files(parser.add_argument)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=raw)
+
+    def add(name, to=parser, **more):
+        to.add_argument(name, help=HELP[name], **more)
+
+    choice = parser.add_mutually_exclusive_group()
+    add("--only", choice, type=sections_of, metavar="NAME[,NAME]")
+    add("--quick", choice, action="store_true")
+    add("--shapes", nargs="+", type=shape_of, metavar="B,T,H,D")
+    add("--dtype", choices=["bfloat16", "float16", "float32"])
+    add("--peers", nargs="*", choices=list(PEERS), metavar="NAME")
+    add("--tune", action="store_true")
+    add("--peer", choices=list(PEERS))
+    add("--rehearse", action="store_true")
+    add("--save", type=path_to_save, metavar="FILE.json")
+    add("--plot", type=saved_result, metavar="FILE.json")
+    add("--plot-out", type=path_to_draw, metavar="FILE")
     return parser
 
 
-def given(options, names):
-    """Those of the options that the command line has."""
-    return [f"--{name}" for name in names if getattr(options, name) not in (None, False)]
-
-
-def can_be_drawn(path):
-    result = json.loads(pathlib.Path(path).read_text())
-    return bool(length_lines(result) or bars(result))
-
-
-def check_plot(parser, options):
-    """--plot measures nothing, and must be able to draw."""
-    names = "only", "quick", "shapes", "dtype", "peers", "save", "tune"
-    if others := given(options, names):
-        parser.error(f"--plot draws a file and measures nothing: leave out {', '.join(others)}")
-    if not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot wants matplotlib: pip install matplotlib")
-    options.plot_out = options.plot_out or str(HERE / "assets" / "speed.png")
-    if not options.plot_out.endswith((".png", ".svg")):
-        parser.error(
-            f"--plot-out: expected a name that ends with .png or .svg, got {options.plot_out!r}"
-        )
-    try:
-        drawable = can_be_drawn(options.plot)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(
-            f"--plot: expected a file that --save wrote, got {options.plot!r}: {reason(error)}"
-        )
-    if not drawable:
-        parser.error(f"--plot: {options.plot!r} has no rows of the sections lengths and shapes")
-
-
 def check_options(parser, options, gpu):
-    """Options that exclude each other, or want a GPU."""
+    """Options that exclude each other, or want something. `gpu` says whether there is one."""
+
+    def given(*names):
+        values = vars(options)
+        return [f"--{name}" for name in names if values[name] not in (None, False)]
+
+    if options.plot:
+        if others := given("only", "quick", "shapes", "dtype", "peers", "save", "tune"):
+            parser.error(f"--plot draws a file and measures nothing: leave out {', '.join(others)}")
+        if not importlib.util.find_spec("matplotlib"):
+            parser.error("--plot wants matplotlib: pip install matplotlib")
+        return
     if options.plot_out:
         parser.error("--plot-out wants --plot FILE.json, a file that --save wrote")
-    wants_gpu = given(options, ("only", "quick", "peers", "tune"))
-    if wants_gpu and not gpu:
-        parser.error(f"{wants_gpu[0]} wants a GPU, and JAX found {jax.default_backend()} only")
     if options.shapes and options.only not in (None, ["shapes"]):
         parser.error("--shapes sets the shapes of the section shapes: leave out --only")
-    if options.quick and options.only:
-        parser.error("--quick chooses its sections: leave out --only")
-    if options.save and not pathlib.Path(options.save).absolute().parent.is_dir():
-        parser.error(f"--save: there is no folder for {options.save!r}")
-
-
-def chosen_sections(options):
-    if options.shapes:
-        return ["shapes"]
-    return options.only or (QUICK if options.quick else list(SECTIONS))
+    wants_gpu = given("only", "quick", "peers", "tune")
+    if wants_gpu and not gpu:
+        parser.error(f"{wants_gpu[0]} wants a GPU, and JAX found {jax.default_backend()} only")
 
 
 def versions():
-    """Of what is measured and of what it runs on; None for what is not installed."""
-    import lightning_attn
-
-    names = "jax", "jaxlib", "jax_triton", "triton"
-    found = {name: getattr(sys.modules.get(name), "__version__", None) for name in names}
-    return {"lightning_attn": lightning_attn.__version__} | found
-
-
-def describe(options):
-    """The head of a result: machine, versions, date."""
-    device = jax.devices()[0]
-    return {
-        "machine": {"device": device.device_kind, "count": jax.device_count()},
-        "versions": versions(),
-        "date": datetime.date.today().isoformat(),
-        "arguments": sys.argv[1:],
-        "sections": {},
-    }
+    """Of what is measured and of what it runs on. None for what is not installed."""
+    importlib.import_module("lightning_attn")
+    names = "lightning_attn", "jax", "jaxlib", "jax_triton", "triton"
+    return {name: getattr(sys.modules.get(name), "__version__", None) for name in names}
 
 
 def measure_gpu(run):
-    run.result["copy_rate"] = copy_rate(run.clock, 2**16 if run.options.rehearse else 2**28)
-    say(f"a copy moves {run.result['copy_rate'] / 1e12:.2f} TB/s")
-    for name in chosen_sections(run.options):
-        measure_section(run, name)
-    if run.options.peers is not None:
-        measure_peers(run, run.options.peers or list(PEERS))
-        show_fastest(run)
-    else:
-        say("\nother implementations were not measured: --peers")
-
-
-def show_head(result):
-    found = [f"{name} {version}" for name, version in result["versions"].items() if version]
-    machine = result["machine"]
-    say(f"{machine['count']} x {machine['device']}, {', '.join(found)}, {result['date']}")
+    options = run.options
+    run.result["copy_rate"] = rate = copy_rate(run.clock, 2**16 if options.rehearse else 2**28)
+    say(f"a copy moves {rate / 1e12:.2f} TB/s")
+    sections = options.only or (QUICK if options.quick else list(SECTIONS))
+    for name in ["shapes"] if options.shapes else sections:
+        title, seconds, measure = SECTIONS[name]
+        run.measure(name, f"{title} (about {seconds} s)", measure)
+    if options.peers is None:
+        return say("\nother implementations were not measured: --peers")
+    title = f"other implementations, {options.dtype}, each in a process of its own"
+    run.measure("peers", title, measure_peers)
+    show_fastest(run.result)
+    return None
 
 
 def measure(options, gpu):
     """Returns the exit code."""
     clock = Clock(rounds=1) if options.quick else Clock()
     clock = Clock(0.001, 1, 2) if options.rehearse else clock
-    run = Run(options, clock, describe(options))
-    show_head(run.result)
+    device, count, found = jax.devices()[0].device_kind, jax.device_count(), versions()
+    result = {
+        "machine": {"device": device, "count": count},
+        "versions": found,
+        "date": datetime.date.today().isoformat(),
+        "arguments": sys.argv[1:],
+        "sections": {},
+    }
+    texts = [f"{name} {version}" for name, version in found.items() if version]
+    say(f"{count} x {device}, {', '.join(texts)}, {result['date']}")
+    run = Run(options, clock, result)
     try:
         (measure_gpu if gpu else measure_cpu)(run)
     except KeyboardInterrupt:
-        run.result["interrupted"] = True
+        result["interrupted"] = True
         run.save()
         where = f", and is in {options.save}" if options.save else ""
         say(f"\ninterrupted: what is above was measured{where}")
         return 130
-    if failed := run.failures():
+    # That a peer cannot be measured is no failure.
+    sections = result["sections"].keys() - {"peers"}
+    failed = sum(bool(row["failed"]) for name in sections for row in rows_of(result, name))
+    if failed:
         say(f"\n{failed} rows failed")
     if options.save:
         say(f"\nsaved in {options.save}")
@@ -1652,15 +1261,12 @@ def main():
     options = parser.parse_args()
     if options.peer:  # before JAX looks for a GPU, which PyTorch may want for itself
         return be_peer(options.peer, options.shapes, options.dtype)
-    if options.plot:
-        check_plot(parser, options)
-        return plot(options.plot, options.plot_out)
-    gpu = jax.default_backend() == "gpu" or options.rehearse
+    gpu = not options.plot and (options.rehearse or jax.default_backend() == "gpu")
     check_options(parser, options, gpu)
+    if options.plot:
+        return plot(options.plot, options.plot_out or str(HERE / "assets" / "speed.png"))
     options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
-    if options.tune:
-        return tune()
-    return measure(options, gpu)
+    return tune() if options.tune else measure(options, gpu)
 
 
 if __name__ == "__main__":
