@@ -2452,8 +2452,7 @@ def _layer(layer_idx, num_layers):
     for name, x in ("layer_idx", layer_idx), ("num_layers", num_layers):
         if x is None:
             raise ValueError(
-                f"{name}: expected both layer_idx and num_layers where g_gamma is not given, "
-                "got None"
+                f"{name}: expected layer_idx and num_layers, or g_gamma in place of both, got None"
             )
     layer_idx, num_layers = _integer("layer_idx", layer_idx), _integer("num_layers", num_layers)
     known = type(num_layers) is int

@@ -142,7 +142,7 @@ class Summary:
         total = len(passed) + len(skipped) + len(broken)
         words = [f"Tested {file_under_test()}: {total} cases."]
         words += [f"{len(passed)} passed ({counts(passed, path)})."] if passed else []
-        words += [f"{len(broken)} FAILED." if broken else "None failed."]
+        words += [f"{len(broken)} FAILED." if broken else "None failed." if total else "None ran."]
         words += [f"{len(skipped)} skipped ({counts(skipped, reason)})."] if skipped else []
         again = ["To run the failed cases again:"] * bool(broken)
         again += dict.fromkeys(map(command, broken))
@@ -451,6 +451,40 @@ def test_16_bit(path, reverse, dtype):
     check_against_oracle(path, *batch, reverse=reverse)
     pack = inputs(2, 1, 150, 2, 1, 32, 16, dtype, n=3)
     check_against_oracle(path, *pack, reverse=reverse, cu=[0, 9, 100, 140])
+
+
+WIDE = {  # tokens and boundaries: two lengths whose values are cut, segments, segments of a pack
+    "short": (300, None),
+    "middle": (2048, None),
+    "long": (8192, None),
+    "packed": (8192, [0, 20, 20, 5000, 8100]),
+}
+
+
+@wants_gpu
+@parametrize("dtype", ["bfloat16", "float32"])
+@parametrize("D", [128, 256])
+@parametrize("length", WIDE)
+def test_heads_of_128_and_256(length, D, dtype):
+    """The kernels that models run, against plain JAX in float32."""
+    T, cu = WIDE[length]
+    operands = inputs(13, 1, T, 4, 2, D, D, dtype, n=cu and len(cu) - 1)
+    g = np.array([0, -1e-3, -0.05, -2])
+    got = results_and_gradients("gpu", *operands, g, cu)
+    wide = [x.astype(jnp.float32) for x in operands]
+    want = results_and_gradients("xla", *wide, g, cu)
+    for name, a, b in zip(NAMES[:6], got, want):
+        assert max(errors(a, b, name)) < (1e-4 if dtype == "float32" else 1e-2), name
+
+
+@parametrize("path", [path_param("gluon")])
+@parametrize("T, cu", [(130, None), (200, [0, 70, 70, 190])], ids=["batch", "packed"])
+def test_programs_that_take_half_the_values(path, T, cu, monkeypatch):
+    LAUNCHED.clear()
+    monkeypatch.setattr(config_of_gluon, "processors", 132)
+    check_against_oracle(path, *inputs(14, 1, T, 2, 1, 128, 128, n=cu and len(cu) - 1), cu=cu)
+    rows = 1 if cu is None else 5  # of a pack: sequences, what is around them
+    assert ("_hopper_kernel", 2 * rows * 2) in LAUNCHED
 
 
 @each_path
@@ -2197,9 +2231,13 @@ def wrong_calls():
             ("list", T, "an integer, got [1]", [1]),
             ("class", T, class_for_integer, V),
             ("array", V, "a scalar, got shape (2,)", np.array([1, 2])),
-            ("missing", V, "both layer_idx and num_layers", None),
+            ("missing", V, "layer_idx and num_layers, or g_gamma", None),
         ),
-        *each("layer_idx", ("and-num_layers-missing", V, "both", None), num_layers=None),
+        *each(
+            "layer_idx",
+            ("and-num_layers-missing", V, "layer_idx and num_layers, or", None),
+            num_layers=None,
+        ),
         wrong(
             *("layer_idx-is-decays", T, "log decays are given by name, as g_gamma="),
             layer_idx=-x(4),
@@ -2212,7 +2250,7 @@ def wrong_calls():
             ("text", T, "an integer, got '3'", "3"),
             ("list", T, "an integer, got [1]", [1]),
             ("class", T, class_for_integer, V),
-            ("missing", V, "both layer_idx and num_layers", None),
+            ("missing", V, "layer_idx and num_layers, or g_gamma", None),
         ),
         *each(
             "g_gamma",
@@ -2814,7 +2852,7 @@ def test_compute_sanitizer(tool, tmp_path):
     limit is high enough that lines about our kernels are printed. initcheck takes the longest, so
     it gets fewer calls: nonsense boundaries read no memory that good boundaries leave unread.
     Programs that take a part of the values are left to memcheck: with them, racecheck and initcheck
-    did not end in 300 s.
+    take longer than the limit of 300 s.
     """
     limit = 20000
     watched = ["--kernel-name", "kns=_kernel", "--error-exitcode", "9"]
@@ -2917,16 +2955,20 @@ def config_of_triton(arch, *shape):
     return la._config("sm_80", *shape)
 
 
-def config_of_gluon(arch, processors, K, V, dtype, B, H, T, n, dual):
+def config_of_gluon(arch, _, K, V, dtype, B, H, T, n, dual):
     """The Hopper kernel whatever the dtype: float32 checks this kernel to 1e-5.
 
     With one processor no short sequence's values are cut: tiles stay as large as long sequences'.
     """
+    processors = config_of_gluon.processors
     K, V = (-(-size // 8) * 8 for size in (K, V))
     T = T if T == 1 else max(T, la.HOPPER_CHUNK)
-    config = la._config("sm_90", 1, K, V, np.dtype("float16"), B, H, T, 1, dual)
+    config = la._config("sm_90", processors, K, V, np.dtype("float16"), B, H, T, 1, dual)
     assert T == 1 or config.kernel is la._hopper_kernel
     return config
+
+
+config_of_gluon.processors = 1
 
 
 def interpreted_call(
