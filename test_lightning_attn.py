@@ -2805,7 +2805,7 @@ def test_a_million_tokens_that_no_one_forgets_or_everyone_does(dtype):
 
 
 SANITIZED = """
-import sys, jax, numpy as np
+import jax, numpy as np
 import lightning_attn as la
 rng = np.random.default_rng(0)
 # numpy makes every input: each of XLA's own kernels would be patched, watched and reported on
@@ -2824,35 +2824,33 @@ def run(B, T, H, Hk, D, dtype="bfloat16", cu=None, **kw):
         out, back = jax.vjp(f, q, k, v, s0)
         return out, back((do, ds))
     jax.block_until_ready(results_and_gradients(q, k, v, s0, g, do, ds, cu))
-    print(B, T, D, dtype, kw, flush=True)
-run(1, 1100, 2, 2, 64, reverse=True)
-if sys.argv[1:] == ["memcheck"]:
-    run(2, 128, 2, 1, 128)
-la.SEGMENT = 16  # the programs of these short sequences take all values, as those of long ones do
-run(2, 128, 2, 1, 128)
-run(1, 200, 2, 2, 128, cu=[0, 0, 5, 70, 70, 190])
-run(3, 1, 2, 2, 96)
-run(1, 100, 1, 1, 192, reverse=True)
-if sys.argv[1:] != ["initcheck"]:
-    run(1, 200, 2, 2, 64, cu=[0, 2**31 - 1, -5, 150, 100, -2**31], reverse=True)
-    run(1, 200, 2, 2, 64, dtype="float32", cu=[200, 2**31 - 1, 0, 150, 1000])
-    run(1, 100, 2, 2, 40, dtype="float32")
-print("ran")
 """
+
+# With SEGMENT = 16 the programs of a short sequence take all values, as those of a long one do.
+CALLS_TO_SANITIZE = {
+    "segments": "run(1, 1100, 2, 2, 64, reverse=True)",
+    "half-of-the-values": "run(2, 128, 2, 1, 128)",
+    "all-values": "la.SEGMENT = 16; run(2, 128, 2, 1, 128)",
+    "pack": "la.SEGMENT = 16; run(1, 200, 2, 2, 128, cu=[0, 0, 5, 70, 70, 190])",
+    "decode": "run(3, 1, 2, 2, 96)",
+    "head-dim-192": "run(1, 100, 1, 1, 192, reverse=True)",
+    "wrong-boundaries": "run(1, 200, 2, 2, 64, cu=[0, 2**31-1, -5, 150, 100, -2**31])",
+    "wrong-boundaries-float32": "run(1, 200, 2, 2, 64, 'float32', cu=[200, 2**31-1, 0, 150, 1000])",
+    "head-dim-40-float32": "run(1, 100, 2, 2, 40, 'float32')",
+}
 
 
 @wants_gpu
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer")
+@parametrize("call", CALLS_TO_SANITIZE)
 @parametrize("tool", ["memcheck", "racecheck", "initcheck"])
-def test_compute_sanitizer(tool, tmp_path):
-    """Forward, backward, packed, reverse, decode, ragged, and boundaries that are nonsense.
+def test_compute_sanitizer(tool, call, tmp_path):
+    """Each array is an allocation of its own.
 
-    Each array is an allocation of its own. initcheck watches all kernels, since XLA's kernels write
-    as well. initcheck prints a line for every thread, also about XLA's kernels and copies. The
-    limit is high enough that lines about our kernels are printed. initcheck takes the longest, so
-    it gets fewer calls: nonsense boundaries read no memory that good boundaries leave unread.
-    Programs that take a part of the values are left to memcheck: with them, racecheck and initcheck
-    take longer than the limit of 300 s.
+    Each call has a process of its own, because the tools are slow while other cases use the GPU.
+    initcheck watches all kernels, since XLA's kernels write as well. initcheck prints a line for
+    every thread, also about XLA's kernels and copies. The limit is high enough that lines about our
+    kernels are printed.
     """
     limit = 20000
     watched = ["--kernel-name", "kns=_kernel", "--error-exitcode", "9"]
@@ -2866,8 +2864,9 @@ def test_compute_sanitizer(tool, tmp_path):
         "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
+    code = SANITIZED + CALLS_TO_SANITIZE[call] + "\nprint('ran')"
     ran = subprocess.run(
-        [*sanitizer, sys.executable, "-c", SANITIZED, tool],
+        [*sanitizer, sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -3349,7 +3348,6 @@ def compile_as_jax_triton(kernel, arrays, arguments, options, arch):
 # Substrings of the names of cases that take long, on a GPU machine and on a CPU. These cases start
 # first, so that none of them is left when the others are done.
 LONGEST = [
-    "sanitizer",
     "on_8_devices",
     "compiles_and_fits[sm_90-bfloat16",
     "inside_shard_map",
@@ -3357,6 +3355,7 @@ LONGEST = [
     "beyond_2_31",
     "many_segments",
     "compiles_and_fits",
+    "sanitizer",
     "accuracy",
     "snippets",
     "shard_map[interpreter",
