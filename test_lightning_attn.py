@@ -2847,7 +2847,6 @@ CALLS_TO_SANITIZE = {
 def test_compute_sanitizer(tool, call, tmp_path):
     """Each array is an allocation of its own.
 
-    Each call has a process of its own, because the tools are slow while other cases use the GPU.
     initcheck watches all kernels, since XLA's kernels write as well. initcheck prints a line for
     every thread, also about XLA's kernels and copies. The limit is high enough that lines about our
     kernels are printed.
@@ -2856,8 +2855,9 @@ def test_compute_sanitizer(tool, call, tmp_path):
     watched = ["--kernel-name", "kns=_kernel", "--error-exitcode", "9"]
     if tool == "initcheck":
         watched = ["--print-limit", str(limit)]
+    # compute-sanitizer 2025.3 crashes at times when it follows the compilers that Triton starts
+    watched += ["--target-processes", "application-only", "--show-backtrace", "no"]
     shutil.copy(FILE, tmp_path / "lightning_attn.py")
-    sanitizer = ["compute-sanitizer", "--tool", tool, "--show-backtrace", "no", *watched]
     variables = {
         # without autotuning: XLA tunes its own kernels on memory that nothing has written
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0",
@@ -2866,7 +2866,7 @@ def test_compute_sanitizer(tool, call, tmp_path):
     }
     code = SANITIZED + CALLS_TO_SANITIZE[call] + "\nprint('ran')"
     ran = subprocess.run(
-        [*sanitizer, sys.executable, "-c", code],
+        ["compute-sanitizer", "--tool", tool, *watched, sys.executable, "-c", code],
         capture_output=True,
         text=True,
         cwd=tmp_path,
