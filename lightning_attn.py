@@ -945,7 +945,9 @@ class _Work(NamedTuple):
 @_kernel
 def _switches(way):
     """The bits of `_Way`, each 0 or 1."""
-    return way % 2, way // 2 % 2, way // 4 % 2, way // 8 % 2
+    # ptxas places spills and loads by such details: written in other ways, kernels take up to 7 %
+    # longer (head dim 256 in 16 bits, and short sequences in float32)
+    return way & 1, way // 2 % 2, way // 4 % 2, way // 8 % 2
 
 
 @_kernel
@@ -1326,7 +1328,7 @@ def _decayed_values(vs, ek, dtype: gl.constexpr, layout: gl.constexpr):
 
 
 @_gluon
-def _multiply(x, scores, S, D, eq, ek, eS, LO: gl.constexpr, LP: gl.constexpr):
+def _multiply(x, scores, S, D, eq, ek, eS, LO: gl.constexpr, LP: gl.constexpr, PARTS: gl.constexpr):
     """Starts the products of a chunk. o^T and S'^T are still being summed when it returns, in this
     order. It returns their operands in registers as well, which must live until the wait."""
     C: gl.constexpr = x.k.shape[0]
@@ -1342,6 +1344,8 @@ def _multiply(x, scores, S, D, eq, ek, eS, LO: gl.constexpr, LP: gl.constexpr):
     O = hopper.warpgroup_mma(Sb, qt, zero_o, use_acc=False, is_async=True)  # [BV, BK] x [BK, C]
     P = hopper.warpgroup_mma_wait(1, [P])  # O is still being summed
     scores.store((P * D).to(dtype))
+    if PARTS:  # `old` takes registers as well, so v comes after those of Sb are free
+        O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
     vt, vw = _decayed_values(x.v, ek, dtype, AS)
     vt = gl.convert_layout(vt, AO)
     O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])  # before O is scaled
@@ -1609,7 +1613,7 @@ def _hopper_kernel(
                 Y = hopper.warpgroup_mma_wait(1, [Y])
                 _put(y, y_out, Y, old, t, work.tokens, p.H * K, 0, K, WARPS, False)
             else:
-                O, vt, S, vw = _multiply(x, scores, S, D, eq, ek, eS, LO, LP)
+                O, vt, S, vw = _multiply(x, scores, S, D, eq, ek, eS, LO, LP, NK > 1)
                 O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
                 _put(o, out, O, old, t, work.tokens, p.H * V, v_column, V, WARPS, NK > 1)
             S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
