@@ -844,11 +844,12 @@ def _table(T, cu, L, reverse, pieces=0):
     return jnp.stack([x.astype(jnp.int32) for x in columns], -1)
 
 
-def _tables(T, cu, *rest):
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))  # traced once, however often it is used
+def _tables(T, cu, L, reverse, pieces=0):
     """`_table` for each row of cu [B | 1, n + 1]: [B | 1, R, 7]; for a plain batch, of one row."""
     if cu is None:
-        return _table(T, None, *rest)[None]
-    return jax.vmap(lambda cu: _table(T, cu, *rest))(cu)
+        return _table(T, None, L, reverse, pieces)[None]
+    return jax.vmap(lambda cu: _table(T, cu, L, reverse, pieces))(cu)
 
 
 # How it is fast: the kernels ----------------------------------------------------------------------
