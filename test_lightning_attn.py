@@ -2826,25 +2826,33 @@ def run(B, T, H, Hk, D, dtype="bfloat16", cu=None, **kw):
     jax.block_until_ready(results_and_gradients(q, k, v, s0, g, do, ds, cu))
 """
 
-# With SEGMENT = 16 the programs of a short sequence take all values, as those of a long one do.
 CALLS_TO_SANITIZE = {
-    "segments": "run(1, 1100, 2, 2, 64, reverse=True)",
-    "half-of-the-values": "run(2, 128, 2, 1, 128)",
-    "all-values": "la.SEGMENT = 16; run(2, 128, 2, 1, 128)",
-    "pack": "la.SEGMENT = 16; run(1, 200, 2, 2, 128, cu=[0, 0, 5, 70, 70, 190])",
-    "decode": "run(3, 1, 2, 2, 96)",
-    "head-dim-192": "run(1, 100, 1, 1, 192, reverse=True)",
-    "wrong-boundaries": "run(1, 200, 2, 2, 64, cu=[0, 2**31-1, -5, 150, 100, -2**31])",
-    "wrong-boundaries-float32": "run(1, 200, 2, 2, 64, 'float32', cu=[200, 2**31-1, 0, 150, 1000])",
-    "head-dim-40-float32": "run(1, 100, 2, 2, 40, 'float32')",
+    "batches": """
+run(1, 1100, 2, 2, 64, reverse=True)
+run(2, 128, 2, 1, 128)  # its programs take half of the values
+run(1, 100, 1, 1, 192, reverse=True)
+""",
+    "as-in-long-sequences": """
+la.SEGMENT = 16  # with it the programs of short sequences take all values
+run(2, 128, 2, 1, 128)
+run(1, 200, 2, 2, 128, cu=[0, 0, 5, 70, 70, 190])
+""",
+    "decode-and-float32": """
+run(3, 1, 2, 2, 96)
+run(1, 100, 2, 2, 40, "float32")
+""",
+    "wrong-boundaries": """
+run(1, 200, 2, 2, 64, cu=[0, 2**31 - 1, -5, 150, 100, -2**31], reverse=True)
+run(1, 200, 2, 2, 64, "float32", cu=[200, 2**31 - 1, 0, 150, 1000])
+""",
 }
 
 
 @wants_gpu
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer")
-@parametrize("call", CALLS_TO_SANITIZE)
+@parametrize("calls", CALLS_TO_SANITIZE)
 @parametrize("tool", ["memcheck", "racecheck", "initcheck"])
-def test_compute_sanitizer(tool, call, tmp_path):
+def test_compute_sanitizer(tool, calls, tmp_path):
     """Each array is an allocation of its own.
 
     initcheck watches all kernels, since XLA's kernels write as well. initcheck prints a line for
@@ -2857,6 +2865,7 @@ def test_compute_sanitizer(tool, call, tmp_path):
         watched = ["--print-limit", str(limit)]
     # compute-sanitizer 2025.3 crashes at times when it follows the compilers that Triton starts
     watched += ["--target-processes", "application-only", "--show-backtrace", "no"]
+    watched += ["--launch-timeout", "0"]  # while other cases run, Python may take long to start
     shutil.copy(FILE, tmp_path / "lightning_attn.py")
     variables = {
         # without autotuning: XLA tunes its own kernels on memory that nothing has written
@@ -2864,7 +2873,7 @@ def test_compute_sanitizer(tool, call, tmp_path):
         "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
-    code = SANITIZED + CALLS_TO_SANITIZE[call] + "\nprint('ran')"
+    code = SANITIZED + CALLS_TO_SANITIZE[calls] + "print('ran')"
     ran = subprocess.run(
         ["compute-sanitizer", "--tool", tool, *watched, sys.executable, "-c", code],
         capture_output=True,
@@ -3349,13 +3358,14 @@ def compile_as_jax_triton(kernel, arrays, arguments, options, arch):
 # first, so that none of them is left when the others are done.
 LONGEST = [
     "on_8_devices",
+    "four_million",
+    "sanitizer",
     "compiles_and_fits[sm_90-bfloat16",
     "inside_shard_map",
     "million",
     "beyond_2_31",
     "many_segments",
     "compiles_and_fits",
-    "sanitizer",
     "accuracy",
     "snippets",
     "shard_map[interpreter",
