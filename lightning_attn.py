@@ -844,7 +844,7 @@ def _table(T, cu, L, reverse, pieces=0):
     return jnp.stack([x.astype(jnp.int32) for x in columns], -1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))  # traced once, however often it is used
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))  # so that all uses share one trace
 def _tables(T, cu, L, reverse, pieces=0):
     """`_table` for each row of cu [B | 1, n + 1]: [B | 1, R, 7]; for a plain batch, of one row."""
     if cu is None:
@@ -946,8 +946,8 @@ class _Work(NamedTuple):
 @_kernel
 def _switches(way):
     """The bits of `_Way`, each 0 or 1."""
-    # ptxas places spills and loads by such details: written in other ways, kernels take up to 7 %
-    # longer (head dim 256 in 16 bits, and short sequences in float32)
+    # One `&` and three `%`: by such details ptxas places the spills of head dims above 128, and the
+    # loads of short sequences in float32. With four of a kind one of them takes longer.
     return way & 1, way // 2 % 2, way // 4 % 2, way // 8 % 2
 
 
@@ -1345,7 +1345,7 @@ def _multiply(x, scores, S, D, eq, ek, eS, LO: gl.constexpr, LP: gl.constexpr, P
     O = hopper.warpgroup_mma(Sb, qt, zero_o, use_acc=False, is_async=True)  # [BV, BK] x [BK, C]
     P = hopper.warpgroup_mma_wait(1, [P])  # O is still being summed
     scores.store((P * D).to(dtype))
-    if PARTS:  # `old` takes registers as well, so v comes after those of Sb are free
+    if PARTS:  # the outputs to add to take registers too: wait here, so that v can have those of Sb
         O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
     vt, vw = _decayed_values(x.v, ek, dtype, AS)
     vt = gl.convert_layout(vt, AO)
@@ -1740,8 +1740,8 @@ def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
             launch = HOPPER_CHUNK, BK, BV, BV // 16, stages, residents  # 16 rows for each warp
             return _Config(_hopper_kernel, *launch, states_BK, states_stages)
         warnings.warn(
-            "lightning_attn: this Hopper GPU runs the Triton kernel, which takes up to 1.5 times "
-            "as long as the one in Gluon, because that cannot run: found triton "
+            "lightning_attn: this Hopper GPU runs the Triton kernel, which takes longer than the "
+            "one in Gluon, because that cannot run: found triton "
             f"{triton.__version__}. It needs: pip install 'triton{_HOPPER}'"
         )
 
