@@ -7,11 +7,14 @@ attention.
 
 floor         lower bound of a time: the bytes that must be moved over the rate of a copy, measured
               in the same run. Forward reads q, k, v and writes o; backward reads q, k, v, do and
-              writes dq, dk, dv
+              writes dq, dk, dv; a decode step reads and writes the state
 extra memory  what a call takes beside its arguments and results, as a share of q, k, v and o
-clock         median of three rounds of 0.2 s, with one wait at the end of each. Short calls are
-              made 20 to a jit, so that Python is not what is measured. Small inputs rotate through
-              four sets, so that they do not stay in the L2 cache
+GPU clock     median of three rounds of 0.2 s, with one wait at the end of each. Short calls are
+              made 20 to a jit, so that Python is not what is measured. Inputs of less than 256 MiB
+              rotate through four sets, so that fewer of them stay in the L2 cache
+CPU clock     shortest call in 0.3 s
+peers         timed by the same clock. PyTorch's are called one by one, so their short calls take
+              the time of Python; their backward time is that of both passes less forward
 """
 
 import argparse
@@ -65,7 +68,7 @@ def noting_failure(failed, what):
 
 # What is measured -------------------------------------------------------------------------------
 
-BOTH = "forward", "backward"
+PASSES = "forward", "backward"
 
 
 class Case(NamedTuple):
@@ -81,7 +84,7 @@ class Case(NamedTuple):
     final_state: bool = True
     backend: str | None = None
     layout: str = "one"  # a key of LAYOUTS: how the arrays lie on the GPUs
-    timed: tuple[str, ...] = BOTH  # forward, output (without a final state), backward, both
+    timed: tuple[str, ...] = PASSES  # forward, output (without a final state), backward, both
     memory: tuple[str, ...] = ()  # those of them whose extra memory is wanted
     profiled: tuple[str, ...] = ()  # those of them whose kernels are timed alone
     against: str | None = None  # the name of an earlier row to compare with
@@ -112,8 +115,8 @@ def shape_of(text):
 
 
 shapes_of = lambda text: [shape_of(word) for word in text.split()]
-SQUARE, LONG, NARROW = (8, 4096, 32, 128), (1, 32768, 32, 128), (1, 131072, 8, 128)
-SHAPES = [SQUARE, LONG, NARROW, *shapes_of("16,2048,16,128 4,8192,16,64 1,4096,16,128")]
+BATCHED, LONG, NARROW = (8, 4096, 32, 128), (1, 32768, 32, 128), (1, 131072, 8, 128)
+SHAPES = [BATCHED, LONG, NARROW, *shapes_of("16,2048,16,128 4,8192,16,64 1,4096,16,128")]
 SHAPES += shapes_of("2,8192,16,96 2,8192,16,192 2,8192,16,256")
 SHORT_SHAPES = shapes_of("1,4096,16,128 1,1024,64,128 1,512,32,128 1,200,32,128")
 CPU_SHAPES = shapes_of("1,256,4,64 1,512,4,64 1,1024,4,64 1,2048,4,64 1,4096,4,64")
@@ -122,7 +125,7 @@ DECODE_STEPS = 200  # of a lax.scan
 LENGTHS = [2**n for n in range(11, 18)]  # those that peers are measured at
 LONGER = 2**20
 BACKWARD_LENGTHS = 2**15, 2**17, LONGER
-PACK = Case("one sequence", LONG, final_state=False, memory=BOTH)
+PACK = Case("one sequence", LONG, final_state=False, memory=PASSES)
 packed = functools.partial(PACK._replace, against=PACK.name)
 PACKS = [
     PACK,
@@ -134,10 +137,10 @@ SLOW_DECAYS = [
     for shape in (LONG, NARROW)
     for decays in DECAYS
 ]
-SHORT = [Case(text_of(shape), shape, profiled=BOTH) for shape in SHORT_SHAPES]
+SHORT = [Case(text_of(shape), shape, profiled=PASSES) for shape in SHORT_SHAPES]
 GROUPED = Case("8 key and value heads", LONG, kv_heads=8)
 VARIANTS = [
-    Case("plain JAX", SQUARE, backend="xla"),
+    Case("plain JAX", BATCHED, backend="xla"),
     Case("float16", (4, 4096, 32, 128), "float16"),
     Case("float32, products in TF32", (4, 4096, 32, 128), "float32"),
     GROUPED,
@@ -145,15 +148,15 @@ VARIANTS = [
 ]
 BY_LENGTH = [
     *(
-        Case("this file", (1, T, 16, 128), timed=BOTH if T in BACKWARD_LENGTHS else BOTH[:1])
+        Case("this file", (1, T, 16, 128), timed=PASSES if T in BACKWARD_LENGTHS else PASSES[:1])
         for T in (*LENGTHS, LONGER)
     ),
-    *(Case("plain JAX", (1, T, 16, 128), backend="xla", timed=BOTH[:1]) for T in LENGTHS),
+    *(Case("plain JAX", (1, T, 16, 128), backend="xla", timed=PASSES[:1]) for T in LENGTHS),
 ]
 ON_DEVICES = [
     Case(layout, shape, layout=layout, against=None if layout == "one" else "one")
-    for shape in (SQUARE, *((1, T, 16, 128) for T in BACKWARD_LENGTHS))
-    for layout in (("one", "batch", "heads") if shape is SQUARE else ("one", "tokens"))
+    for shape in (BATCHED, *((1, T, 16, 128) for T in BACKWARD_LENGTHS))
+    for layout in (("one", "batch", "heads") if shape is BATCHED else ("one", "tokens"))
 ]
 
 
@@ -176,7 +179,8 @@ class Clock(NamedTuple):
         run(2)
         start = time.perf_counter()
         run(3)
-        n = max(2, min(5000, int(self.seconds / (time.perf_counter() - start) * 3)))
+        seconds_per_run = (time.perf_counter() - start) / 3
+        n = int(np.clip(self.seconds / seconds_per_run, 2, 5000))
         times = []
         for _ in range(self.rounds):
             start = time.perf_counter()
@@ -271,12 +275,12 @@ count_sets = lambda case: 1 if 4 * nbytes(inputs_of(case)[0]) > 2**28 else 4
 @functools.cache
 def normal(like):
     """A function of a key, compiled once for each kind of array."""
-    draw = functools.partial(jax.random.normal, shape=like.shape, dtype=like.dtype)
-    return jax.jit(draw, out_shardings=like.sharding)
+    sample = functools.partial(jax.random.normal, shape=like.shape, dtype=like.dtype)
+    return jax.jit(sample, out_shardings=like.sharding)
 
 
-def draw(case):
-    """Sets of inputs."""
+def draw_inputs(case):
+    """Sets of random inputs."""
     keys = iter(jax.random.split(jax.random.key(0), 16))
     like, rest = inputs_of(case)[:4], []
     if case.sequences:
@@ -290,7 +294,7 @@ def attention(case):
     """attend(q, k, v, [cu_seqlens]) -> (output, final state) as the case wants it."""
     from lightning_attn import lightning_attn
 
-    H, tokens = case.shape[2], LAYOUTS["tokens"]
+    H = case.shape[2]
     fixed = DECAYS[case.decays](H) | {"output_final_state": case.final_state}
     op = functools.partial(lightning_attn, **fixed, backend=case.backend)
 
@@ -301,6 +305,8 @@ def attention(case):
 
     if case.layout != "tokens":
         return attend
+    # seq_axis takes neither packs nor, here, repeated heads
+    tokens = LAYOUTS["tokens"]
     out_specs = tokens, P() if case.final_state else None
     op = functools.partial(op, seq_axis="gpus")
     return jax.shard_map(op, mesh=mesh(), in_specs=(tokens,) * 3, out_specs=out_specs)
@@ -317,7 +323,7 @@ def ways_of(attend):
         return output, pull_back(do)
 
     def backward(*inputs):
-        """A jit of it does not run what the gradients do not need of the forward pass."""
+        """The gradients alone: jit leaves out what they do not need of the forward pass."""
         return both(*inputs)[1]
 
     return {"forward": forward, "both": both, "backward": backward}
@@ -354,12 +360,11 @@ KINDS = {
     "ratio": ("ratio", "against", "{:.2f}x".format),
     "speedup": ("speedup", "against", lambda ratio: f"{1 / ratio:.2f}x"),
     "loop_us": ("in lax.scan, us", "ms", us_text),
-    "of_copy": ("of copy rate", "of_floor", "{:.0%}".format),
     "step_us": ("jit that donates, us", "ms", us_text),
     "kernel_us": ("its kernel, us", "gpu_ms", us_text),
 }
 LEAST_WIDTH = {"name": 10, "shape": 18}  # 8 for the others
-both_ways = lambda *kinds: [f"{way}:{kind}" for way in BOTH for kind in kinds]
+both_ways = lambda *kinds: [f"{way}:{kind}" for way in PASSES for kind in kinds]
 
 
 def cell(row, column):
@@ -481,7 +486,7 @@ def measure_case(run, section, case, programs):
     """The row of a case."""
     row = run.add(section, **case._asdict())
     with noting_failure(row["failed"], "inputs"):
-        sets = draw(case)
+        sets = draw_inputs(case)
         for way in case.timed:
             with noting_failure(row["failed"], way):
                 program = programs[case, way].result()
@@ -515,8 +520,8 @@ def decode_step(q, k, v, state):
     return lightning_attn(q, k, v, **LAYER, initial_state=state)
 
 
-def decode_inputs(shape, *steps):
-    """A state, and q, k, v of so many steps, or of one."""
+def decode_inputs(shape, steps=()):
+    """A state, and q, k, v of one step or, with steps = (n,), of n steps."""
     B, _, H, D = shape
     token = jax.ShapeDtypeStruct((*steps, *shape), jnp.bfloat16)
     state = jax.ShapeDtypeStruct((B, H, D, D), jnp.float32)
@@ -526,7 +531,7 @@ def decode_inputs(shape, *steps):
 
 def decode_loop_ms(clock, shape):
     """Time of a step of a lax.scan that carries the state."""
-    inputs = decode_inputs(shape, DECODE_STEPS)
+    inputs = decode_inputs(shape, (DECODE_STEPS,))
 
     def loop(state, *tokens):
         return jax.lax.scan(lambda state, qkv: decode_step(*qkv, state)[::-1], state, tokens)
@@ -550,14 +555,15 @@ def donating_step(shape):
 
 
 def measure_decode(run, name):
-    columns = "name", "scan:loop_us", "scan:of_copy", "step:step_us", "step:kernel_us"
+    columns = "name", "scan:loop_us", "scan:floor", "step:step_us", "step:kernel_us"
     show = run.table(columns)
     for batch in DECODE_BATCHES:
         shape = B, _, H, D = (2, 1, 4, 32) if run.options.rehearse else (batch, 1, 32, 128)
         row = run.add(name, name=f"B = {B}", shape=shape, dtype="bfloat16")
         with noting_failure(row["failed"], "scan"):
             row["ms"]["scan"] = ms = decode_loop_ms(run.clock, shape)
-            row["of_floor"]["scan"] = run.of_copy(2 * 4 * B * H * D * D, ms)
+            state = 4 * B * H * D * D  # bytes of float32
+            row["of_floor"]["scan"] = run.of_copy(2 * state, ms)
         with noting_failure(row["failed"], "step"):
             step = donating_step(shape)
             row["ms"]["step"] = run.clock.ms(step)
@@ -592,7 +598,7 @@ def measure_first(run, name):
     else:
         seconds, kernels = done.stdout.split()[-2:]
         row |= {"first_seconds": float(seconds), "kernels": int(kernels)}
-        say(f"  {row['first_seconds']:.2f} s, of which compiling {kernels} kernels is a part")
+        say(f"  {row['first_seconds']:.2f} s, in which {kernels} kernels were compiled")
 
 
 def measure_shapes(run, name):
@@ -715,7 +721,7 @@ def ejkernel(shape, dtype):
     """Its op cannot be jitted."""
     from ejkernel.kernels._triton.lightning_attn import lightning_attn
 
-    sets = draw(Case("ejkernel", shape, dtype))
+    sets = draw_inputs(Case("ejkernel", shape, dtype))
     ways = ways_of(lambda q, k, v: lightning_attn(q, k, v, *LAYER.values()))
     runs = [functools.partial(queue, ways[way], sets) for way in ("forward", "both")]
     return by_difference(*map(Clock().ms, runs))
@@ -723,7 +729,7 @@ def ejkernel(shape, dtype):
 
 def softmax(shape, dtype):
     """Causal softmax attention by cuDNN."""
-    clock, sets = Clock(), draw(Case("softmax", shape, dtype))
+    clock, sets = Clock(), draw_inputs(Case("softmax", shape, dtype))
     op = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
     ways = ways_of(lambda q, k, v: (op(q, k, v), None))
     programs = [compile_program(ways[way], sets, clock.repeats) for way in ("forward", "both")]
@@ -749,10 +755,11 @@ def measure_peer(name, shapes, dtype, add):
     command += [",".join(map(str, shape)) for shape in shapes]
     # A peer that wants packages of its own finds them where BENCH_PATH_<peer> says.
     path = os.environ.get(f"BENCH_PATH_{name}", os.environ.get("PYTHONPATH", ""))
-    left, pipes = list(shapes), {"stdout": subprocess.PIPE, "text": True}
+    left = list(shapes)
     with tempfile.TemporaryFile("w+") as errors:
         env = os.environ | {"PYTHONPATH": path}
-        process = subprocess.Popen(command, stderr=errors, env=env, **pipes)
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdout=pipe, stderr=errors, text=True, env=env)
         stop = threading.Timer(PEER_SECONDS, process.kill)
         stop.start()
         try:
@@ -772,7 +779,8 @@ def measure_peer(name, shapes, dtype, add):
 
 
 def own_times(run):
-    """{shape: ms of forward and backward} of what peers are compared with."""
+    """{shape: ms of forward and backward} of what peers are compared with. Peers would take minutes
+    for LONGER. Where two sections have a shape, shapes counts."""
     found = {}
     for section in ("lengths", "decode", "shapes"):
         for row in rows_of(run.result, section):
@@ -810,7 +818,7 @@ def show_fastest(result):
     say("\nthe fastest other implementation at the main shapes, and how many times ours it takes")
     for row in rows_of(result, "shapes"):
         texts = []
-        for way in BOTH:
+        for way in PASSES:
             other = fastest_other(result, row["shape"], way)
             if other and way in row["ms"]:
                 texts.append(f"{way} {other[1]} {other[0] / row['ms'][way]:.2f}x")
@@ -825,8 +833,8 @@ def configurations(la, case):
     sizes = (32, 64), (32, 64, 128), (4, 8), (1, 2, 3, 4)
     for kernel in (la._hopper_kernel, la._scan_kernel):
         for C, BV, warps, stages in itertools.product(*sizes):
-            fits = C == 64 and warps * 16 == BV and stages > 1 and case.dtype != "float32"
-            if case.shape[3] >= BV and (fits or kernel is la._scan_kernel):
+            hopper_takes = C == 64 and warps * 16 == BV and stages > 1 and case.dtype != "float32"
+            if case.shape[3] >= BV and (hopper_takes or kernel is la._scan_kernel):
                 yield kernel, {"C": C, "BV": BV, "num_warps": warps, "num_stages": stages}
 
 
@@ -848,7 +856,7 @@ def tune():
     for D, dtype in (64, "bfloat16"), (128, "bfloat16"), (256, "bfloat16"), (128, "float32"):
         case = Case("tune", (4, 4096, 4096 // D, D), dtype)
         say(f"{text_of(case.shape)} {dtype}")
-        sets, found, failed = draw(case), [], {}
+        sets, found, failed = draw_inputs(case), [], {}
         for kernel, fields in configurations(la, case):
             text = f"{kernel.__name__} " + " ".join(f"{k}={v}" for k, v in fields.items())
             with noting_failure(failed, text):
@@ -886,7 +894,7 @@ def measure_cpu(run):
     for shape in shapes:
         row = run.add("cpu", name=text_of(shape), shape=shape, dtype=dtype)
         with noting_failure(row["failed"], "inputs"):
-            q, k, v, _ = draw(Case("cpu", shape, dtype))[0]
+            q, k, v, _ = draw_inputs(Case("cpu", shape, dtype))[0]
             for way, f in {"lightning": ours, "softmax": softmax}.items():
                 with noting_failure(row["failed"], way):
                     row["ms"][way] = cpu_time(f, q, k, v)
@@ -912,7 +920,7 @@ def show_growth(first, last):
 INK, GREY, FAINT = "#22272e", "#768390", "#e4e8ec"
 OURS = "#0a5fb4"
 LINES = {  # label, colour
-    "this file": ("this file", OURS),
+    "this file": ("lightning_attn", OURS),
     "fla_chunk": ("fla chunk", "#c4622d"),
     "fla_fused_chunk": ("fla fused chunk", "#d9a066"),
     "fla_recurrent": ("fla recurrent", "#a3907c"),
@@ -920,7 +928,7 @@ LINES = {  # label, colour
     "CPU softmax": ("softmax attention", "#7a5195"),
     "plain JAX": ("plain JAX", "#8b98a5"),
     "ejkernel": ("ejkernel", "#5f8f6b"),
-    "CPU lightning": ("this file", OURS),
+    "CPU lightning": ("lightning_attn", OURS),
 }
 GREY_PARTS = "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"
 NO_TICKS = [f"{axis}tick.{kind}.size" for axis in "xy" for kind in ("major", "minor")]
@@ -1002,7 +1010,8 @@ def label_lines(axes, lines):
         heights = spread([np.log10(ends[name][1]) for name in names], (high - low) / 21)
         for name, height in zip(names, heights, strict=True):
             label, colour = LINES.get(name, (name, GREY))
-            offset = (9, 0) if colour == OURS else (6, 9)  # clear of our line, which goes on
+            # clear of our line, which goes on where the others end
+            offset = (-12, -17) if colour == OURS and len(names) == 1 else (5, 13)
             note(axes, label, (tokens, 10**height), colour, xytext=offset, fontsize=10)
 
 
@@ -1017,7 +1026,8 @@ def draw_lines(axes, lines):
     ticks = tokens[::2] if len(tokens) > 6 else tokens
     ticks = ticks if ticks[-1] == tokens[-1] else [*ticks, tokens[-1]]
     axes.set_xticks(ticks, [short(t) for t in ticks])
-    axes.set_xlim(tokens[0] / 1.25, tokens[-1] * 4.5)
+    axes.minorticks_off()
+    axes.set_xlim(tokens[0] / 1.25, tokens[-1] * 5)  # room for names
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g} ms")
     axes.grid(axis="y")
     axes.set_xlabel("tokens")
@@ -1027,25 +1037,25 @@ def draw_lines(axes, lines):
 def draw_bars(axes, found):
     """Right: ours and the fastest other, as multiples of the memory floor."""
 
-    def draw(y, ms, floor, colour, alpha, text=""):
+    def bar(y, ms, floor, colour, alpha, text=""):
         """A bar as long as the time is in memory floors, with its time beside it."""
         axes.barh(y, ms / floor, height=0.36, color=colour, alpha=alpha)
         text = f"{ms:#.3g}".rstrip(".") + " ms" + text
         note(axes, text, (ms / floor, y), OURS if alpha == 1 else GREY)
 
     for i, (_, ours, floor, other) in enumerate(found):
-        draw(i - 0.2, ours, floor, OURS, 1)
+        bar(i - 0.2, ours, floor, OURS, 1)
         if other:
             label, colour = LINES.get(other[1], (other[1], GREY))
             text = f"  {label}, {other[0] / ours:.1f}x"
-            draw(i + 0.2, other[0], floor, colour, 0.38, text)
+            bar(i + 0.2, other[0], floor, colour, 0.38, text)
     axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 2)))
     note(axes, "memory floor", (1, -0.72), INK)
     widest = max(max(ours, other[0] if other else 0) / floor for _, ours, floor, other in found)
     axes.set_ylim(len(found) - 0.4, -1.05)
-    axes.set_xlim(0, widest * 1.55)
+    axes.set_xlim(0, widest * 1.7)
     axes.set_yticks(range(len(found)), [text_of(shape) for shape, *_ in found])
-    axes.set_xlabel("time, in memory floors")
+    axes.set_xlabel("time, as a multiple of the memory floor")
     axes.locator_params(axis="x", integer=True)
     axes.tick_params(axis="y", labelcolor=INK)
     axes.spines["left"].set_visible(False)
@@ -1075,7 +1085,7 @@ def plot(result, target):
     with plt.rc_context(STYLE):
         figure, (panels,) = plt.subplots(1, count, squeeze=False, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-        figure.set_size_inches(6.6 * count, 5.4)
+        figure.set_size_inches(5.7 * count, 4.9)
         if lines:
             row = (rows_of(result, "lengths") or rows_of(result, "cpu"))[0]
             B, _, H, D = row["shape"]
@@ -1084,7 +1094,7 @@ def plot(result, target):
             draw_lines(panels[0], lines)
         if found:
             dtype = rows_of(result, "shapes")[0]["dtype"]
-            what = f"batch, tokens, heads, head dim; {dtype}; this file and the fastest other"
+            what = f"batch, tokens, heads, head dim; {dtype}"
             panel_title(panels[-1], "Forward pass at the main shapes", what)
             draw_bars(panels[-1], found)
         figure.supxlabel(caption(result), x=0.01, ha="left", fontsize=8.5, color=GREY)
@@ -1130,10 +1140,13 @@ def saved_result(path):
 
 
 GPU_SECONDS = sum(section.seconds for name, section in SECTIONS.items() if name != "devices")
-EPILOG = "sections on one H100 (--only), with compilation:\n"
-for name, section in SECTIONS.items():
-    EPILOG += f"  {name:<9} about {section.seconds:>2} s  {section.title}\n"
-EPILOG += f"All take about {GPU_SECONDS} s on one GPU. The CPU comparison takes under a minute."
+EPILOG = "\n".join(
+    [
+        "sections on one H100 (--only), with compilation:",
+        *(f"  {name:<9} about {s.seconds:>2} s  {s.title}" for name, s in SECTIONS.items()),
+        f"All take about {GPU_SECONDS} s on one GPU. The CPU comparison takes under a minute.",
+    ]
+)
 QUICK_SECONDS = sum(SECTIONS[name].seconds for name in QUICK) * 2 // 3  # rounds are fewer
 HELP = {
     "--only": "these sections alone (GPU); their times are below",
@@ -1143,7 +1156,8 @@ HELP = {
     "measured, by default float32. Costs no time",
     "--peers": f"also other implementations (GPU), all or some of {', '.join(PEERS)}, at the "
     "shapes of those of the sections shapes, lengths and decode that run: one to five minutes "
-    f"each, and {PEER_SECONDS // 60} at most",
+    f"each, and {PEER_SECONDS // 60} at most. A peer that wants packages of its own finds them in "
+    "the folder that BENCH_PATH_<peer> names",
     "--tune": "time the launch configurations of the kernels and nothing else (GPU): ten minutes "
     "or more",
     "--save": "write all that is measured, row by row: no time",
@@ -1214,11 +1228,11 @@ def measure_gpu(run):
         title, seconds, measure = SECTIONS[name]
         run.measure(name, f"{title} (about {seconds} s)", measure)
     if options.peers is None:
-        return say("\nother implementations were not measured: --peers")
-    title = f"other implementations, {options.dtype}, each in a process of its own"
-    run.measure("peers", title, measure_peers)
-    show_fastest(run.result)
-    return None
+        say("\nother implementations were not measured: --peers")
+    else:
+        title = f"other implementations, {options.dtype}, each in a process of its own"
+        run.measure("peers", title, measure_peers)
+        show_fastest(run.result)
 
 
 def measure(options, gpu):
