@@ -20,8 +20,8 @@ TransNormerLLM (arXiv:2307.14995) introduced it, Lightning Attention-2 (arXiv:24
 it in chunks, and MiniMax-01 (arXiv:2501.08313) trained it at scale. Time grows linearly with the
 sequence length. The state is all that is remembered.
 
-Copy this file; nothing else is needed. It needs jax and numpy, and on NVIDIA and AMD GPUs
-`jax-triton` and `triton` too. Everywhere else it runs in plain JAX.
+Copy this file. It imports jax and numpy and, on NVIDIA and AMD GPUs, `jax-triton` and `triton`.
+Everywhere else it runs in plain JAX.
 
 The file in order: the API; what it computes, in plain JAX; its gradients; packs; how it is fast
 (kernels, their plan, their launch); how it composes with vmap, sharding and many devices; checks.
@@ -33,22 +33,32 @@ Glossary
     S             state [K, V]; in kernels S^T [V, K], save for `_step_kernel`
     s0, s         initial and final states of sequences
     w, y          queries that read S^T; what they read
-    P, D          scores q_i.k_j of a chunk; their decays: [i, j], in kernels [j, i]
-    eq, ek, eS    decays in a chunk: of what queries read of S, of what keys add to S, of S
+    P             scores q_i.k_j of a chunk: [i, j], in kernels [j, i]
+    D             decays of the scores, with the scale and the causal mask
+    eq, ek, eS    decays in a chunk: of what queries read of S, of what keys add to S, of S. In
+                  kernels eq and ek include the scale
     dx            the gradient of x, and nothing else
     cu            boundaries of packed sequences, `cu_seqlens`
   lengths
-    B, T          batch rows; tokens of a batch row
+    B, T          batch rows; tokens of a batch row. [B | 1]: one row may stand for all
     H, h          heads of decays and outputs; one of them
     K, V          head dims: of queries and keys; of values
     BK, BV        columns of K and of V that one program handles
     C             tokens per chunk, which is one step of a loop
     segment       tokens that one program scans
     piece         a part of a segment; the state of each is summed by a program of its own
+    L             tokens of a segment or of a piece
+    part          BK of the keys' columns, where a program scans them one part after another
   places
+    pack          a batch row that holds sequences one after another
     n             sequences of a batch row, which is 1 unless packed; in plain JAX's loops, a chunk
     c, m          in kernels, number of a chunk; its tokens
-    rank i, j     place of a token in its chunk, counted in scan direction
+    i, j          a query and a key of a chunk
+    rank          place of a token in its chunk, counted in scan direction
+  scans
+    post          the state decays after a token is read, not before it is added: in adjoints
+    linked        of a state: summed over all segments before, without the initial state
+    dual          two scans in one that read a state and its transpose
 """
 
 from __future__ import annotations
@@ -81,7 +91,8 @@ _INSTALL = "pip install " + " ".join(f"'{name}{versions}'" for name, versions in
 
 
 def _fits(found, versions):
-    """Whether the version `found` lies in `versions`, ">=a" or ">=a,<b". Leading numbers count."""
+    """Whether the version `found` lies in `versions`, ">=a" or ">=a,<b". The first three parts of a
+    version count, if they are numbers."""
 
     def numbers(text):
         return tuple(int(n) for n in text.split(".")[:3] if n.isdigit())
@@ -102,7 +113,7 @@ try:
     import triton.language as tl
 except Exception as error:
     triton = None
-    # macOS and TPU hosts have no Triton. Plain JAX is all there is, and no warning is due.
+    # macOS and TPU hosts have no Triton, so no warning is due here. `_backend` warns GPU hosts.
     absent = isinstance(error, ModuleNotFoundError) and error.name in ("jax_triton", "triton")
     if not absent:
         _unfit = f"importing jax_triton failed with {type(error).__name__}: {error}"
@@ -121,11 +132,9 @@ else:
     else:
         triton = None
         _unfit = "found " + ", ".join(f"{name} {version}" for name, version in _found.items())
+_SLOW = "lightning_attn: GPUs take the plain-JAX path, which is many times slower, because "
 if _unfit:
-    warnings.warn(
-        "lightning_attn: GPUs take the plain-JAX path, which is many times slower, because "
-        f"the kernels cannot run: {_unfit}. They need: {_INSTALL}"
-    )
+    warnings.warn(f"{_SLOW}the kernels cannot run: {_unfit}. They need: {_INSTALL}")
 _HAS_HOPPER = triton is not None and hasattr(hopper.tma, "async_load")  # Triton 3.7 lacks it
 
 __all__ = ["lightning_attn", "lightning_attn_reference", "lightning_g_gamma"]
@@ -184,9 +193,10 @@ def lightning_attn(
     `value`, `initial_state` and `g_gamma`; both results may carry gradients. Derivatives are
     reverse mode only: `jax.jvp` and `jax.jacfwd` raise.
 
-    `jax.export` of symbolic shapes takes backend="xla" and a symbolic `seq_len` that is known to be
-    64 or more; the batch may be symbolic too. A jit over sharded arrays cannot be exported, because
-    JAX cannot serialize its partitioning: export a `jax.shard_map` instead.
+    `jax.export` of symbolic shapes takes backend="xla". The batch, `seq_len` and the number of
+    boundaries may be symbolic. A symbolic `seq_len` must be known to be 64 or more, and symbolic
+    boundaries 2 or more. A jit over sharded arrays cannot be exported, because JAX cannot serialize
+    its partitioning: export a `jax.shard_map` instead.
 
     Args:
       query: [batch, seq_len, num_heads, qk_head_dim], float32, bfloat16 or float16 (in x64 mode
@@ -213,12 +223,14 @@ def lightning_attn(
       cu_seqlens: [num_seqs + 1] integers, concrete or traced: boundaries, from 0 up, of sequences
         that are packed in a batch of 1. Equal neighbours are an empty sequence. Tokens past the
         last boundary belong to no sequence: their outputs and gradients are 0, whatever they hold.
-        A traced `cu_seqlens` cannot be checked: a sequence that runs backwards, outside of the
-        tokens or into an earlier sequence counts as empty.
+        A traced `cu_seqlens` cannot be checked. A sequence that runs backwards or outside of the
+        tokens then counts as empty. So does a sequence that starts before the largest end of the
+        others before it.
       g_gamma: [num_heads], log decay per token in nats, <= 0, possibly traced. Values above 0 raise
         where they are at hand. Elsewhere they count as 0, and their gradient is 0.
       backend: None picks when the computation is lowered: Triton for cuda and rocm, plain JAX for
-        everything else. "triton" and "xla" force one. GPUs older than sm_80 take plain JAX.
+        everything else. "triton" and "xla" force one of the two. float64 and GPUs older than sm_80
+        always take plain JAX.
       seq_axis: name of a `jax.shard_map` mesh axis, or a tuple of names, over which `seq_len` is
         split evenly, in order: one sequence on many devices. Only states cross it, never tokens.
         `initial_state` and `final_state` are those of the whole sequence.
@@ -228,17 +240,18 @@ def lightning_attn(
     Returns:
       output: [batch, seq_len, num_heads, v_head_dim], in the dtype of `query`.
       final_state: [n, num_heads, qk_head_dim, v_head_dim], float32 (float64 for float64 inputs). In
-        a decode step, seq_len 1 with an `initial_state` that the caller donates or carries through
-        a loop, it takes the memory of that state.
+        a decode step on a GPU, seq_len 1 with an `initial_state` that the caller donates or carries
+        through a loop, the final state takes the memory of the initial state.
 
     Accuracy: states, decays and sums are float32. float32 inputs follow
     `jax.default_matmul_precision`: TF32 by default on GPUs, float32 for "high" and "highest".
-    Gradients have the dtype of their argument. The gradient of `g_gamma` is float32 throughout. Its
-    error for each head, relative to its value or, where its terms cancel, to the root of the sum of
-    their squares, is at most 2e-3 for float32 at "highest", and 1e-2 for 16 bits and TF32. It takes
-    a scan in plain JAX on any backend, and nothing where nobody differentiates `g_gamma`. float16
-    states and scaled scores, q_i.k_j times `softmax_scale`, round to float16 where they are
-    multiplied, and overflow there past 65504.
+    Gradients have the dtype of their argument. The gradient of `g_gamma` is float32 throughout. The
+    error of each head's gradient is at most 2e-3 for float32 at "highest", and 1e-2 for 16 bits and
+    TF32, relative to the gradient or, where the gradient's terms cancel, to the root of the sum of
+    their squares. The gradient of `g_gamma` takes one more scan, in plain JAX on any backend. That
+    scan does not run where nobody differentiates `g_gamma`. With float16 inputs, states and scaled
+    scores, q_i.k_j times `softmax_scale`, round to float16 where they are multiplied, and overflow
+    there past 65504.
 
     Raises:
       TypeError, ValueError: before anything runs. The message names the argument, what was expected
@@ -327,8 +340,9 @@ def lightning_g_gamma(
     The formula is that of arXiv:2307.14995. `layer_idx` and `num_layers` are integers, possibly
     traced. They are checked as `lightning_attn` checks them.
     """
-    if type(num_heads) is not int or num_heads < 1:
-        raise ValueError(f"num_heads: expected an integer of at least 1, got {num_heads!r}")
+    num_heads = _integer("num_heads", num_heads)
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads: expected a static integer of at least 1, got {num_heads!r}")
     layer_idx, num_layers = _layer(layer_idx, num_layers)
     slopes = -8 / num_heads * np.arange(num_heads)
     if isinstance(layer_idx, int) and isinstance(num_layers, int):
@@ -346,8 +360,8 @@ def lightning_g_gamma(
 #           s0 [B, n, H, K, V] | None, cu [B, n + 1] | None, w [B, T, Hw, V] | None)
 #         -> o [B, T, H, V], s [B, n, H, K, V] | None, y [B, T, H, K] | None
 #
-# An operand may have one row in place of B: then all rows share it. It may have fewer heads than
-# the decay: then groups of heads share them.
+# An operand may have one row in place of B: then all rows share that row. q, k, v and w may have
+# fewer heads than the decay: then groups of the decay's heads share each of them.
 #
 # A forward scan decays the state before it adds a token. Its adjoint runs backwards, and decays the
 # state after the token was read (`post`).
@@ -355,9 +369,9 @@ def lightning_g_gamma(
 # The scan works in chunks of C tokens, which are rows of a table (`_Row`). G groups of N chunks are
 # the steps of a `lax.scan`. A group multiplies for all its chunks at once; only states pass from
 # chunk to chunk. Chunks lie in the order of their tokens: a scan that goes back starts with the
-# last one.
+# last chunk.
 
-CHUNK, GROUP = 64, 512  # tokens per chunk, and per group
+CHUNK, GROUP = 64, 512  # tokens of a usual chunk, and of a group at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,9 +387,14 @@ class _Op:
     def adjoint(self):
         return dataclasses.replace(self, reverse=not self.reverse, post=not self.post)
 
+    def scales(self):
+        """The scales of queries that read the state, and of keys that enter it."""
+        return (1.0, self.scale) if self.post else (self.scale, 1.0)
+
 
 def _scan_xla(op, q, k, v, g, s0, cu, w=None):
-    """The scan, a group of chunks at a time. With w, y_i = scale S_i w_i as well."""
+    """The scan, a group of chunks at a time. With w also y, which w reads of the transposed state
+    as q reads o of the state."""
     B, T, H = _batch(q, k, v, g, s0, cu, w), q.shape[1], g.shape[1]
     K, V = q.shape[3], v.shape[3]
     sequences = 1 if cu is None else cu.shape[1] - 1
@@ -390,7 +409,7 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
         x, y = x.astype(v.dtype), y.astype(v.dtype)
         return jnp.einsum(indices, x, y, precision=precision, preferred_element_type=wide)
 
-    scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
+    scale_q, scale_k = op.scales()
     q, k, v, w = (x if x is None else _whole_groups(x, works, C, packed) for x in (q, k, v, w))
     far = _distances(op, C)
     D = jnp.where(far >= 0, op.scale * _power(g, far[None, None, None]), 0)  # [B | 1, 1, H, i, j]
@@ -440,7 +459,7 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
         return _from_chunks(o, works, T, C) if packed else o[:, :T]
 
     S, s = jnp.zeros((B, H, K, V), wide), None
-    if packed:  # every sequence has a chunk that ends it, so no 0 of s remains
+    if packed:  # every sequence has a chunk that ends it, so every state of s is overwritten
         s = jnp.zeros((B, sequences, H, K, V), wide)
     elif s0 is not None:
         S = jnp.broadcast_to(s0[:, 0], S.shape)
@@ -476,16 +495,16 @@ class _Decays(NamedTuple):
 
 def _chunks(T, cu, widest):
     """C and the work of all groups, [G, B | 1, N, 7]: rows of a table, and of -1 to fill the last
-    group. `widest`: the larger head dim. Chunks of its size cost as much as their states."""
-    if not isinstance(T, int):  # in an export: of a symbolic length little is known
+    group. `widest` is the larger head dim. A chunk of so many tokens costs as much as its state."""
+    sizes = T, 2 if cu is None else cu.shape[1]
+    if not all(isinstance(size, int) for size in sizes):  # in an export
         C, per_group = CHUNK, 1
     else:
         C = CHUNK if widest <= CHUNK else 2 * CHUNK
         # chunks of equal length leave the fewest tokens to pad
         per_group, C = GROUP // C, -(-T // -(-T // C))
-    # a sequence that is shorter than a chunk wastes the rest of it
-    if cu is not None:
-        C = min(C, max(16, _block(T // (cu.shape[1] - 1))))
+        if cu is not None:  # a sequence that is shorter than a chunk wastes the rest of the chunk
+            C = min(C, max(16, _block(T // (cu.shape[1] - 1))))
     table = _tables(T, cu, C, False)
     G = N = 1
     if per_group == 1:
@@ -507,7 +526,7 @@ def _columns(op, work):
 
 
 def _load_chunks(x, chunks, C, B, H, packed):
-    """Tokens of x [B | 1, T, Hx, X] in chunks as [B, N, H, C, X]: 0 where no sequence has any."""
+    """Tokens of x [B | 1, T, Hx, X] in chunks as [B, N, H, C, X]: 0 for tokens of no sequence."""
     (rows, _, Hx, X), N, i = x.shape, chunks.first.shape[1], jnp.arange(C)
     if packed:
         x = _rows_at(x, chunks.first[..., None] + i)
@@ -593,7 +612,7 @@ def _batch(*operands):
 
 
 def _shared(sizes):
-    """The size that all have which are not 1."""
+    """The size other than 1 that the sizes agree on, or 1."""
     return next((size for size in sizes if size != 1), 1)
 
 
@@ -605,25 +624,27 @@ def _shared(sizes):
 #     dq = scan(do, v, k, from s0^T)           dk = scan back(v, do, q, from ds^T)
 #     ds0 = the end of dv's scan               dv = scan back(k, q, do, from ds)
 #
-# With c for the scale, the adjoint has the state
+# The adjoint has the state
 #
-#     R_j = e^{g (T-1-j)} ds + c sum_{i>=j} e^{g (i-j)} q_i^T do_i
+#     R_j = e^{g (T-1-j)} ds + scale sum_{i>=j} e^{g (i-j)} q_i^T do_i
 #     dv_j = k_j R_j         dk_j = v_j R_j^T
 #
-# ds is not scaled, so c scales what enters the state (`post`). The scans for dk and dv have the
-# same state, transposed, so one dual scan, with w = v, yields both.
+# ds is not scaled, so the scale is of what enters the state (`post`). The scans for dk and dv have
+# the same state, transposed, so one dual scan, with w = v, yields both.
 
 
 def _attend(op, *operands):
-    """The scan with its gradients. An unused final state gets no cotangent, except inside
-    shard_map, which requires zeros."""
+    """The scan with its gradients. Outside of shard_map a symbolic zero tells the gradients that a
+    result is not used. shard_map does not know symbolic zeros: zeros come instead."""
     inside = jax.sharding.get_abstract_mesh().manual_axes
     return (_attend_local if inside else _attend_anywhere)(op, *operands)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(op, *operands):
-    specs = list(map(_spec, operands[:3]))
+    q, k, v, *_ = operands
+    specs = list(map(_spec, (q, k, v)))
+    # o and s are split as the first operand that is split: over rows, and over heads by other axes
     rows = next((spec[0] for spec in specs if spec[0] is not None), None)
     taken = set(jax.tree.leaves(rows))
     heads = (spec[2] for spec in specs if not taken & set(jax.tree.leaves(spec[2])))
@@ -633,7 +654,8 @@ def _forward(op, *operands):
 
 
 def _attend_fwd(op, *operands):
-    """What is saved ends with () where the gradient of g is wanted: it costs a scan of its own."""
+    """The last saved value says whether the gradient of g is wanted, which costs one more scan: ()
+    for yes, None for no. A jit sees trees that differ, so the answer is static."""
     wanted = () if operands[3].perturbed else None
     operands = custom_vjp_primal_tree_values(operands)
     return _attend(op, *operands), (*operands, wanted)
@@ -713,14 +735,16 @@ _attend_dual.defvjp(_attend_dual_fwd, _attend_dual_bwd)
 def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
     """The gradient of g for cotangents do and ds (or None), [B, H], in forward mode: the
     derivatives of o and s as g changes, times do and ds. Reverse mode would sum
-    p_i q_i.dq_i - p_j k_j.dk_j over positions p, which cancels to noise where a head forgets.
+    t (q_t.dq_t - k_t.dk_t) over tokens t, which cancels to noise where a head forgets.
 
-    The states have the derivatives W. Over a chunk of C tokens, as in `_Decays`,
-        S' = e^{gC} S + sum_j e^{g c_j} k_j v_j^T
-        W' = e^{gC} (W + C S) + sum_j c_j e^{g c_j} k_j v_j^T
+    The states have the derivatives W. With r and l for the exponents `reads` and `leaves` of
+    `_Decays`, over a chunk of C tokens,
+        S' = e^{gC} S + sum_j e^{g l_j} k_j v_j^T
+        W' = e^{gC} (W + C S) + sum_j l_j e^{g l_j} k_j v_j^T
     and the outputs' derivatives, which are never made, add to the result
         sum_i e^{g r_i} q_i (W + r_i S) do_i^T
-        + sum_{j<=i} (p_i - p_j) e^{g (p_i - p_j)} (q_i.k_j) (v_j.do_i)
+        + sum_{j<=i} (i - j) e^{g (i - j)} (q_i.k_j) (v_j.do_i)
+    where i and j are ranks. The scale is left out here.
     """
     B, T, H = *q.shape[:2], g.shape[1]
     K, V = q.shape[3], v.shape[3]
@@ -730,7 +754,7 @@ def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
     packed, wide = cu is not None, g.dtype
     C, works = _chunks(T, cu, max(K, V))
     dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
-    scale_q, scale_k = (1.0, op.scale) if op.post else (op.scale, 1.0)
+    scale_q, scale_k = op.scales()
     q, k, v, do = (_whole_groups(x, works, C, packed) for x in (q, k, v, do))
     far = _distances(op, C)
     D = jnp.where(far > 0, op.scale * _power(g, far[None, None, None]), 0)  # [B | 1, 1, H, i, j]
@@ -788,21 +812,22 @@ class _Row(NamedTuple):
     tokens: Any  # how many; -1 in rows without work
     valid: Any  # those that belong to a sequence: all or none
     sequence: Any  # -1: none
-    before: Any  # rows of the same interval before it in scan order
-    after: Any  # rows of the same interval after it in scan order
-    slot: Any  # rows before it in the table that another row of their interval follows
+    before: Any  # rows of the same interval before this row in scan order
+    after: Any  # rows of the same interval after this row in scan order
+    slot: Any  # of a segment: how many of the rows above are followed in their interval
 
 
 def _intervals(T, cu):
     """Splits T tokens at boundaries cu [n + 1], which may hold anything, into n + 2 intervals:
     before the first sequence, each sequence, after the last. Returns bounds [n + 3] that never
     decrease, and which intervals are sequences. A sequence that runs backwards, outside of the
-    tokens or into an earlier one counts as empty, and the tokens of its interval belong to none."""
+    tokens or into an earlier one counts as empty, and the tokens of its interval belong to no
+    sequence."""
     zero, last = jnp.zeros(1, jnp.int32), jnp.full(1, T, jnp.int32)
     start, end = jnp.concatenate([zero, cu]), jnp.concatenate([cu, last])
     fits = (start >= 0) & (start <= end) & (end <= T)
     ends = lax.cummax(jnp.where(fits, end, 0))
-    latest = jnp.concatenate([zero, ends[:-1]])  # the end of the last sequence that fits so far
+    latest = jnp.concatenate([zero, ends[:-1]])  # the largest end so far
     fits &= start >= latest
     bounds = jnp.concatenate([jnp.where(fits, start, latest), last])
     i = jnp.arange(start.shape[0])
@@ -810,19 +835,17 @@ def _intervals(T, cu):
 
 
 def _table(T, cu, L, reverse, pieces=0):
-    """Rows of work, [R, 7]. Rows are segments of L tokens, anchored where the scan starts: T // L +
-    intervals are always enough. With `pieces`, rows are pieces of L tokens, so many to each segment
-    that another one follows."""
+    """Rows of work, [R, 7], where R is enough for any cu. Rows are segments of L tokens, anchored
+    where the scan starts. With `pieces`, rows are pieces of L tokens: `pieces` of them for each
+    segment that another segment follows."""
     if cu is None:  # one sequence, and nothing around it
         bounds, is_sequence = T * jnp.arange(2), jnp.ones(1, bool)
     else:
         bounds, is_sequence = _intervals(T, cu)
     length, intervals = bounds[1:] - bounds[:-1], is_sequence.shape[0]
     segments = jnp.maximum(1, -(-length // (L * max(pieces, 1))))
-    if pieces:
-        rows, R = (segments - 1) * pieces, (T - 1) // (L * pieces) * pieces
-    else:
-        rows, R = segments, -(-T // L) if cu is None else T // L + intervals
+    rows = (segments - 1) * pieces if pieces else segments
+    R = _row_count(T, intervals, L, pieces)
     ends = jnp.cumsum(rows)
     row = jnp.arange(R)
     of = jnp.cumsum(jnp.zeros(R, jnp.int32).at[ends].add(1, mode="drop"))  # each row's interval
@@ -844,6 +867,13 @@ def _table(T, cu, L, reverse, pieces=0):
     return jnp.stack([x.astype(jnp.int32) for x in columns], -1)
 
 
+def _row_count(T, intervals, L, pieces=0):
+    """How many rows are enough for T tokens in so many intervals: `_table` says of what."""
+    if pieces:
+        return (T - 1) // (L * pieces) * pieces
+    return -(-T // L) if intervals == 1 else T // L + intervals
+
+
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))  # so that all uses share one trace
 def _tables(T, cu, L, reverse, pieces=0):
     """`_table` for each row of cu [B | 1, n + 1]: [B | 1, R, 7]; for a plain batch, of one row."""
@@ -856,25 +886,27 @@ def _tables(T, cu, L, reverse, pieces=0):
 #
 # Nothing above this line needs a GPU.
 #
-# A scan is one launch where every sequence is one segment. Long sequences are cut in segments, so
-# that one head keeps many processors busy, and take three:
+# A scan is one launch where batch rows are short, or where batch rows and heads fill the GPU.
+# Otherwise `_cut` cuts batch rows in segments, so that one head keeps many processors busy. Then
+# the scan takes three launches:
 #
 #     _states_kernel   sums what each piece of a segment adds to the state: [B, pieces, H, V, K]
-#     _link_kernel     makes of those, in place and at the last piece of each segment, the state
-#                      that the next segment starts from, less what is left of s0
-#     _scan_kernel     scans all segments at once, each from its linked state and the decayed s0;
+#     _link_kernel     overwrites the last piece of each segment with the state that the next
+#                      segment starts from. What is left of s0 is not in this state
+#     _scan_kernel     scans all segments at once, each from its linked state plus the decayed s0;
 #                      _hopper_kernel does so for 16 bits on Hopper
 #
-# A decode step, the scan of one token, is a launch of _step_kernel.
+# A decode step, the scan of one token, is a launch of _step_kernel. A scan that only wants the
+# state is a launch of _states_kernel.
 #
-# Kernels hold the state transposed, S^T [V, K]. The accumulator is then the left operand of
-# o^T = S^T q^T as it is, and only the scores [C, C] go through shared memory.
+# Kernels, save for _step_kernel, hold the state transposed, S^T [V, K]. S^T is then the left
+# operand of o^T = S^T q^T as it lies in registers, without a copy through shared memory.
 #
-# Head dims above 128 are scanned in parts of the keys, one after another: the scan is linear in
-# them, and each part adds to the outputs. A program rereads only outputs that its own threads
-# wrote, so no launch depends on what XLA does with the memory between launches. An array that a
-# launch may change in place (`_launch`) is passed twice, as an input and as an output: a kernel is
-# right where they are one array, and where they are two.
+# Values above 128 columns are split over programs. Keys above 128 columns are scanned in parts, one
+# after another: the scan is linear in the keys, and each part adds to the outputs. A program
+# rereads only outputs that its own threads wrote, so no launch depends on what XLA does with the
+# memory between launches. An array that a launch may change in place (`_launch`) is passed twice,
+# as an input and as an output: a kernel works whether XLA gives it one array or two.
 
 if triton:
     _kernel, _gluon = triton.jit, gluon.jit
@@ -911,23 +943,23 @@ class _Params(NamedTuple):
     k_heads: Any = 1
     v_heads: Any = 1
     w_heads: Any = 1
-    q_row: Any = 0  # tokens from one batch row to the next; 0 where all share one row
-    k_row: Any = 0
-    v_row: Any = 0
-    w_row: Any = 0
-    s0_row: Any = 0  # initial states from one batch row to the next, or 0
-    g_row: Any = 0  # decays from one batch row to the next, or 0
+    q_stride: Any = 0  # tokens from one batch row to the next; 0 where all share one row
+    k_stride: Any = 0
+    v_stride: Any = 0
+    w_stride: Any = 0
+    s0_stride: Any = 0  # initial states from one batch row to the next, or 0
+    g_stride: Any = 0  # decays from one batch row to the next, or 0
     sequences: Any = 1  # of a batch row
     length: Any = 0  # tokens of a segment or, in the kernels of states, of a piece
-    rows: Any = 1  # segments of a batch row, or pieces, or in `_link_kernel` sequences to walk
-    table_row: Any = 0  # numbers from one batch row of the table to the next, or 0
-    pieces: Any = 0  # of a batch row: those of segments that another one follows
+    rows: Any = 1  # rows of work of a batch row; in `_link_kernel` see there
+    table_stride: Any = 0  # numbers from one batch row of the table to the next, or 0
+    pieces: Any = 0  # of a batch row: those whose states are summed
     pieces_per_segment: Any = 1
 
 
 class _Work(NamedTuple):
-    """What one program handles: two tiles, a head, a batch row, one row in it, and what `_Row`
-    says of that."""
+    """What one program handles: two tiles, a head, a batch row, a row of work, and what `_Row` says
+    of that row."""
 
     v_tile: Any
     k_tile: Any
@@ -946,8 +978,8 @@ class _Work(NamedTuple):
 @_kernel
 def _switches(way):
     """The bits of `_Way`, each 0 or 1."""
-    # One `&` and three `%`: by such details ptxas places the spills of head dims above 128, and the
-    # loads of short sequences in float32. With four of a kind one of them takes longer.
+    # One `&` and three `%`: by such details ptxas places spills and loads. With four `%` head dims
+    # above 128 take longer, with four `&` short sequences in float32.
     return way & 1, way // 2 % 2, way // 4 % 2, way // 8 % 2
 
 
@@ -962,9 +994,9 @@ def _find_work(
     LINKED: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
 ):
-    """The `_Work` of this program. A pack reads its row; a plain batch computes it, which saves a
-    launch and a load, and has a single row where nothing is linked. Consecutive programs share
-    tokens or, if ROWS_FIRST, a head."""
+    """The `_Work` of this program. A pack loads its row from the table. A plain batch computes the
+    row, which saves a launch and a load; if nothing is linked, a batch row is one row of work.
+    Consecutive programs share tokens or, if ROWS_FIRST, a head."""
     i = tl.program_id(0)
     v_tile, i = i % v_tiles, i // v_tiles
     k_tile, i = i % k_tiles, i // k_tiles
@@ -976,7 +1008,7 @@ def _find_work(
         h, i = i % p.H, i // p.H
         row, b = i % rows, (i // rows).to(tl.int64)
     if PACKED:
-        at = table + b * p.table_row + row * 7
+        at = table + b * p.table_stride + row * 7
         first, tokens, valid = tl.load(at), tl.load(at + 1), tl.load(at + 2)
         sequence, before, after = tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
         slot = tl.load(at + 6)
@@ -990,19 +1022,20 @@ def _find_work(
 @_kernel
 def _bits_per_token(g, work, p):
     """The log decay of the program's head to base 2."""
-    return (tl.load(g + work.b * p.g_row + work.h) * LOG2_E).to(tl.float32)
+    return (tl.load(g + work.b * p.g_stride + work.h) * LOG2_E).to(tl.float32)
 
 
 @_kernel
-def _first_token(work, row, heads, p):
-    """The place of the program's first token, counted in heads, in an operand with such rows."""
-    return (work.b * row + work.first) * heads + work.h // (p.H // heads)
+def _first_token(work, stride, heads, p):
+    """The place of the program's first token and head in an operand with this stride from one batch
+    row to the next, counted in heads."""
+    return (work.b * stride + work.first) * heads + work.h // (p.H // heads)
 
 
 @_kernel
-def _state(work, row, p):
+def _state(work, stride, p):
     """The place of the program's sequence and head, counted in states."""
-    return (work.b * row + work.sequence) * p.H + work.h
+    return (work.b * stride + work.sequence) * p.H + work.h
 
 
 @_kernel
@@ -1103,21 +1136,22 @@ def _states_kernel(
 ):
     """S^T = sum_j e^{g(L-1-j)} v_j k_j^T over a piece of L tokens (post: e^{g(L-j)}, and scaled).
 
-    Tokens whose weight at the end of the piece is 0 in float32 are skipped. A piece whose sum
-    vanishes before the end of its segment is not written. For most heads most pieces are such."""
+    Chunks whose tokens all weigh 0 in float32 at the end of the piece are skipped. A piece whose
+    sum vanishes before the end of its segment is not written. For most heads most pieces are such.
+    """
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     p = _Params(*params)
     reverse, post, _, _ = _switches(p.way)
     turn = 1 - 2 * reverse
-    # by the formula the first heads forget least and take longest: all of their rows start first
-    work = _find_work(table, p, NK, NV, reverse, PACKED, True, True)
+    # by the formula the first heads forget least and take longest: ROWS_FIRST starts them first
+    work = _find_work(table, p, NK, NV, reverse, PACKED, LINKED=True, ROWS_FIRST=True)
     g2 = _bits_per_token(g, work, p)
     pieces_after = p.pieces_per_segment - 1 - work.before % p.pieces_per_segment
     if work.tokens < 0 or g2 * p.length * pieces_after <= VANISHED:
         return
-    k += _first_token(work, p.k_row, p.k_heads, p) * K
-    v += _first_token(work, p.v_row, p.v_heads, p) * V
+    k += _first_token(work, p.k_stride, p.k_heads, p) * K
+    v += _first_token(work, p.v_stride, p.v_heads, p) * V
     k_column, v_column = work.k_tile * BK, work.v_tile * BV
     rank = (C - 1) * reverse + turn * tl.arange(0, C)
     _, scale_k = _scales(p.scale, post)
@@ -1153,7 +1187,8 @@ def _link_kernel(
 ):
     """Writes the state that the next segment starts from, at the last piece of each segment. Along
     a sequence, S' = e^{g L M} S + sum_j e^{g L (M-1-j)} z_j over the M = PIECES of a segment, which
-    have L tokens each and the states z_j. A program handles BE of the E numbers of a state."""
+    have L tokens each and the states z_j. A program handles BE of the E numbers of a state. A plain
+    batch row is one walk. In a pack any segment may begin a walk: `rows` counts the segments."""
     NE: tl.constexpr = (E + BE - 1) // BE
     p = _Params(*params)
     i = tl.program_id(0)
@@ -1161,19 +1196,19 @@ def _link_kernel(
     h, i = i % p.H, i // p.H
     row, b = i % p.rows * PIECES, (i // p.rows).to(tl.int64)
     segments = p.pieces // PIECES
-    if PACKED:  # only the program of the first piece walks the sequence
-        at = table + b * p.table_row + row * 7
+    if PACKED:  # only the program of a sequence's first segment walks
+        at = table + b * p.table_stride + row * 7
         tokens, before, after = tl.load(at + 1), tl.load(at + 4), tl.load(at + 5)
         segments = tl.where((tokens < 0) | (before > 0), 0, (after + 1) // PIECES)
-    g_length = (tl.load(g + b * p.g_row + h) * LOG2_E).to(tl.float32) * p.length
+    g_length = (tl.load(g + b * p.g_stride + h) * LOG2_E).to(tl.float32) * p.length
     same = states.to(tl.int64, bitcast=True) == linked.to(tl.int64, bitcast=True)
     if (g_length <= VANISHED) & same:
-        return  # nothing survives a segment: the states are final
+        return  # nothing survives a piece: the last pieces have the linked states as they are
     j, e = tl.arange(0, PIECES)[:, None], tile * BE + tl.arange(0, BE)
     offset = ((b * p.pieces + row) * p.H + h) * E
     stride = tl.full([], p.H * E, tl.int64)
     S = tl.full([BE], 0.0, tl.float32)
-    # loads of later segments may run before these stores: a place is loaded before it is stored
+    # num_stages loads later segments ahead, which is safe: no place is loaded after it is stored
     for _ in tl.range(0, segments, num_stages=3):
         written = g_length * (PIECES - 1 - j) > VANISHED
         places = states + offset + j * stride + e[None, :]
@@ -1212,23 +1247,24 @@ def _scan_kernel(
         S' = e^{g m} S + sum_j e^{g(m-1-j)} k_j v_j^T
 
     i and j are ranks, and m the tokens of the chunk. Post: e^{g i} q_i S and e^{g(m-j)} k_j v_j^T,
-    where the scale is of what enters S. BK of the K columns of keys are summed after another.
+    where the scale is of what enters S. If K > BK, the keys' columns are scanned in parts of BK.
 
-    Loads outside of the segment return 0, and stores are masked, whatever the table holds."""
+    `_table` keeps rows inside of the tokens, whatever cu holds. Loads outside of a row return 0,
+    and stores are masked."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     p = _Params(*params)
     reverse, post, swapped, final_state = _switches(p.way)
     turn = 1 - 2 * reverse
-    work = _find_work(table, p, 1, NV, reverse, PACKED, LINKED, False)
+    work = _find_work(table, p, 1, NV, reverse, PACKED, LINKED, ROWS_FIRST=False)
     if work.tokens < 0:
         return
     g2 = _bits_per_token(g, work, p)
-    q += _first_token(work, p.q_row, p.q_heads, p) * K
-    k += _first_token(work, p.k_row, p.k_heads, p) * K
-    v += _first_token(work, p.v_row, p.v_heads, p) * V
+    q += _first_token(work, p.q_stride, p.q_heads, p) * K
+    k += _first_token(work, p.k_stride, p.k_heads, p) * K
+    v += _first_token(work, p.v_stride, p.v_heads, p) * V
     o += ((work.b * p.T + work.first) * p.H + work.h) * V
-    s0 += _state(work, p.s0_row, p) * K * V
+    s0 += _state(work, p.s0_stride, p) * K * V
     s += _state(work, p.sequences, p) * K * V
     last_piece = work.b * p.pieces + work.slot * p.pieces_per_segment - 1
     linked += (last_piece * p.H + work.h) * K * V
@@ -1275,9 +1311,9 @@ def _scan_kernel(
 # for one chunk:
 #
 #     copies    The tensor memory accelerator fills a ring of STAGES >= 2 buffers, and runs up to
-#               STAGES - 1 chunks ahead. A barrier per buffer says when the buffer is full. The
-#               buffer of a chunk is filled again in the next chunk, after a barrier that each warp
-#               passes when it has waited for the products of the chunk.
+#               STAGES - 1 chunks ahead. An mbarrier per buffer says when the buffer is full. The
+#               buffer of a chunk is filled again during the next chunk, after a `gl.barrier` that a
+#               warp reaches only when it has waited for the products of the chunk.
 #     products  scores P = k q^T and what queries read of the state, O = S^T q^T, start together. O
 #               is summed while P is decayed and stored; then O += v^T P and S' = e^{g m} S + v^T k
 #               start together.
@@ -1285,19 +1321,19 @@ def _scan_kernel(
 #               is summed.
 #
 # Each warp owns 16 rows of S^T, o^T and y^T. DUAL: the kernel also scans with the transposed state,
-# which it has anyway: y_i = scale S_i w_i, where k and v change places. One square tile must then
-# hold all of K and V.
+# which it has anyway: w reads y, where k and v change places. One square tile must then hold all of
+# K and V, and registers do not suffice to read S^T: a copy in shared memory is read.
 #
 # What limits it, for a tile of 128 x 128 and 256 threads: registers, 64 of S, 32 of O, 16 each of P
 # and D, and copies of them in 16 bits; and shared memory, 2 bytes for each of
 # STAGES C (2 BK + BV) + C C + C BV numbers or, if DUAL,
-# STAGES C (2 BK + 2 BV) + BK BV + 2 C C + C (BK + BV). The emulator of the tests sees no race
+# STAGES C (2 BK + 2 BV) + BK BV + 2 C C + C (BK + BV). The emulator in the test file sees no race
 # between warps, no type and no limit: compile a change, and run it on a GPU under
 # compute-sanitizer.
 
 
 class _Four(NamedTuple):
-    """One thing for each operand. Where no w is given, its thing is that of v."""
+    """A value per operand: w has that of v where no w is given."""
 
     q: Any
     k: Any
@@ -1309,9 +1345,9 @@ class _Four(NamedTuple):
 def _fetch(arrays, buffers, full, stage, t, rows, heads, k_column, v_column, DUAL: gl.constexpr):
     """Starts the copies of the chunk at t of the segment. The barrier counts their bytes."""
     bar = full.index(stage)
-    size: gl.constexpr = arrays.q.nbytes_per_cta + arrays.k.nbytes_per_cta
-    more: gl.constexpr = arrays.v.nbytes_per_cta + (arrays.w.nbytes_per_cta if DUAL else 0)
-    hopper.mbarrier.expect(bar, size + more)
+    bytes_qk: gl.constexpr = arrays.q.nbytes_per_cta + arrays.k.nbytes_per_cta
+    bytes_vw: gl.constexpr = arrays.v.nbytes_per_cta + (arrays.w.nbytes_per_cta if DUAL else 0)
+    hopper.mbarrier.expect(bar, bytes_qk + bytes_vw)
     q_at, k_at = [rows.q + t, heads.q, k_column], [rows.k + t, heads.k, k_column]
     v_at, w_at = [rows.v + t, heads.v, v_column], [rows.w + t, heads.w, v_column]
     hopper.tma.async_load(arrays.q, q_at, bar, buffers.q.index(stage))
@@ -1345,7 +1381,7 @@ def _multiply(x, scores, S, D, eq, ek, eS, LO: gl.constexpr, LP: gl.constexpr, P
     O = hopper.warpgroup_mma(Sb, qt, zero_o, use_acc=False, is_async=True)  # [BV, BK] x [BK, C]
     P = hopper.warpgroup_mma_wait(1, [P])  # O is still being summed
     scores.store((P * D).to(dtype))
-    if PARTS:  # the outputs to add to take registers too: wait here, so that v can have those of Sb
+    if PARTS:  # the outputs of earlier parts fill registers: waiting here frees those of Sb for v
         O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
     vt, vw = _decayed_values(x.v, ek, dtype, AS)
     vt = gl.convert_layout(vt, AO)
@@ -1358,8 +1394,8 @@ def _multiply(x, scores, S, D, eq, ek, eS, LO: gl.constexpr, LP: gl.constexpr, P
 
 @_gluon
 def _multiply_dual(x, scores, w_scores, Sb, S, D, eq, ek, eS, LO: gl.constexpr, LP: gl.constexpr):
-    """`_multiply` for both scans: o^T, y^T and S'^T are still being summed when it returns. It
-    reads the state from shared memory, Sb, because two scans lack the registers."""
+    """`_multiply` for both scans: o^T, y^T and S'^T are still being summed when it returns. The
+    state is read from shared memory, Sb."""
     C: gl.constexpr = x.k.shape[0]
     BV: gl.constexpr = x.v.shape[1]
     dtype: gl.constexpr = x.k.dtype
@@ -1381,7 +1417,7 @@ def _multiply_dual(x, scores, w_scores, Sb, S, D, eq, ek, eS, LO: gl.constexpr, 
     gl.barrier()  # all warps have stored their scores (the compiler fences them)
     vt, kt = x.v.permute((1, 0)), x.k.permute((1, 0))
     O = hopper.warpgroup_mma(vt, scores, O * eq[None, :], is_async=True)  # [BV, C] x [C, C]
-    Y = hopper.warpgroup_mma_wait(1, [Y])  # before it is scaled; O is being summed again
+    Y = hopper.warpgroup_mma_wait(1, [Y])  # before Y is scaled; O is being summed again
     Y = hopper.warpgroup_mma(kt, w_scores, Y * eq[None, :], is_async=True)  # [BK, C] x [C, C]
     S = hopper.warpgroup_mma(vw, x.k, S * eS, is_async=True)  # [BV, C] x [C, BK]
     return O, Y, S, vw
@@ -1394,7 +1430,7 @@ def _coalesced(BD, WARPS):
 
 
 @_gluon
-def _rows(
+def _places(
     x,
     t,
     valid,
@@ -1425,13 +1461,14 @@ def _read(
     BD: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    at, inside = _rows(x, t, valid, stride, column, DIM, C, BD, WARPS)
+    """What lies at `_places`, or 0 outside."""
+    at, inside = _places(x, t, valid, stride, column, DIM, C, BD, WARPS)
     return gl.load(at, mask=inside, other=0.0)
 
 
 @_gluon
 def _clear(x, t, valid, WARPS: gl.constexpr):
-    """Sets rows of a chunk in shared memory, which starts at t, to 0 outside of [0, valid]."""
+    """Sets rows of a chunk in shared memory, which starts at t, to 0 outside of 0 .. valid."""
     C: gl.constexpr = x.shape[0]
     layout: gl.constexpr = _coalesced(x.shape[1], WARPS)
     row = t + gl.arange(0, C, gl.SliceLayout(1, layout))[:, None]
@@ -1456,7 +1493,7 @@ def _put(
     """Stores O^T, plus `old` if ADD, through a buffer [C, BD]."""
     C: gl.constexpr = buffer.shape[0]
     BD: gl.constexpr = buffer.shape[1]
-    at, inside = _rows(o, t, tokens, stride, column, DIM, C, BD, WARPS)
+    at, inside = _places(o, t, tokens, stride, column, DIM, C, BD, WARPS)
     buffer.permute((1, 0)).store(O.to(buffer.dtype))
     out = buffer.load(_coalesced(BD, WARPS))
     if ADD:
@@ -1503,16 +1540,16 @@ def _hopper_kernel(
     p = _Params(*params)
     reverse, post, swapped, final_state = _switches(p.way)
     turn = 1 - 2 * reverse
-    work = _find_work(table, p, 1, NV, reverse, PACKED, LINKED, False)
+    work = _find_work(table, p, 1, NV, reverse, PACKED, LINKED, ROWS_FIRST=False)
     if work.tokens < 0:
         return
     g2 = _bits_per_token(g, work, p)
     arrays = _Four(qd, kd, vd, wd)
     rows = _Four(
-        (work.b * p.q_row).to(gl.int32) + work.first,
-        (work.b * p.k_row).to(gl.int32) + work.first,
-        (work.b * p.v_row).to(gl.int32) + work.first,
-        (work.b * p.w_row).to(gl.int32) + work.first,
+        (work.b * p.q_stride).to(gl.int32) + work.first,
+        (work.b * p.k_stride).to(gl.int32) + work.first,
+        (work.b * p.v_stride).to(gl.int32) + work.first,
+        (work.b * p.w_stride).to(gl.int32) + work.first,
     )
     h = work.h
     heads = _Four(
@@ -1524,7 +1561,7 @@ def _hopper_kernel(
     o += ((work.b * p.T + work.first) * p.H + h) * V
     if DUAL:
         y += ((work.b * p.T + work.first) * p.H + h) * K
-    s0 += _state(work, p.s0_row, p) * K * V
+    s0 += _state(work, p.s0_stride, p) * K * V
     s += _state(work, p.sequences, p) * K * V
     last_piece = work.b * p.pieces + work.slot * p.pieces_per_segment - 1
     linked += (last_piece * p.H + h) * K * V
@@ -1559,9 +1596,9 @@ def _hopper_kernel(
         gl.barrier()
         fetched = (work.valid + C - 1) // C  # chunks of a sequence; of other tokens nothing is read
         t = (work.tokens - C) * reverse  # where the first chunk starts in the segment
-        forth = turn * C
+        step = turn * C
         for i in range(gl.minimum(fetched, STAGES)):
-            _fetch(arrays, buffers, full, i, t + i * forth, rows, heads, k_column, v_column, DUAL)
+            _fetch(arrays, buffers, full, i, t + i * step, rows, heads, k_column, v_column, DUAL)
 
         scale_q, scale_k = _scales(p.scale, post)
         key: gl.constexpr = gl.SliceLayout(1, LP)
@@ -1584,7 +1621,8 @@ def _hopper_kernel(
             )
             if c < fetched:
                 hopper.mbarrier.wait(full.index(stage), phase)
-            # the copy of a short last chunk brings tokens that are not of the sequence
+            # The copy of a short last chunk brings tokens that are not of the sequence. Where no
+            # token is of a sequence nothing was copied, and the buffers hold anything.
             if (c + 1) * C > work.valid:
                 _clear(x.q, t, work.valid, WARPS)
                 _clear(x.k, t, work.valid, WARPS)
@@ -1595,13 +1633,14 @@ def _hopper_kernel(
                 ek = _key_decays(g2, scale_k, m, rank_k, post)
                 eS = gl.exp2(g2 * m)
             if DUAL:
-                # nobody reads Sb now: every warp waited for Y, and passed the barrier of `_put`
+                # No warp reads Sb now: each waited for Y, and then passed the barrier that the
+                # compiler puts between the store and the load of `_put`.
                 Sb.store(S.to(dtype))
             hopper.fence_async_shared()  # the products' hardware sees Sb and what was cleared
             gl.barrier()  # every warp is past the chunk before, so its buffer is free
             if (c > 0) & (c - 1 + STAGES < fetched):
                 free = (stage + STAGES - 1) % STAGES
-                ahead = t + (STAGES - 1) * forth
+                ahead = t + (STAGES - 1) * step
                 _fetch(arrays, buffers, full, free, ahead, rows, heads, k_column, v_column, DUAL)
             old = S  # not read where NK is 1
             if NK > 1:
@@ -1618,7 +1657,7 @@ def _hopper_kernel(
                 O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
                 _put(o, out, O, old, t, work.tokens, p.H * V, v_column, V, WARPS, NK > 1)
             S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
-            t += forth
+            t += step
             c += 1
             stage += 1
             if stage == STAGES:
@@ -1655,11 +1694,11 @@ def _step_kernel(
     i = tl.program_id(0)
     tile, i = i % NV, i // NV
     h, b = i % p.H, (i // p.H).to(tl.int64)
-    decay = tl.exp(tl.load(g + b * p.g_row + h))
+    decay = tl.exp(tl.load(g + b * p.g_stride + h))
     ck, cv = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
-    q += (b * p.q_row * p.q_heads + h // (p.H // p.q_heads)) * K
-    k += (b * p.k_row * p.k_heads + h // (p.H // p.k_heads)) * K
-    v += (b * p.v_row * p.v_heads + h // (p.H // p.v_heads)) * V
+    q += (b * p.q_stride * p.q_heads + h // (p.H // p.q_heads)) * K
+    k += (b * p.k_stride * p.k_heads + h // (p.H // p.k_heads)) * K
+    v += (b * p.v_stride * p.v_heads + h // (p.H // p.v_heads)) * V
     qs = tl.load(q + ck, mask=ck < K, other=0.0).to(tl.float32)
     ks = tl.load(k + ck, mask=ck < K, other=0.0).to(tl.float32)
     vs = tl.load(v + cv, mask=cv < V, other=0.0).to(tl.float32)
@@ -1668,7 +1707,7 @@ def _step_kernel(
     scale_q, scale_k = _scales(p.scale, post)
     S = ks[:, None] * (vs * scale_k)[None, :]  # [BK, BV]
     if HAS_S0:
-        s0 += (b * p.s0_row * p.H + h) * K * V
+        s0 += (b * p.s0_stride * p.H + h) * K * V
         S += tl.load(s0 + at, mask=inside, other=0.0) * (1.0 if post > 0 else decay)
     out = tl.sum(qs[:, None] * S, 0) * scale_q
     tl.store(o + (b * p.H + h) * V + cv, out.to(o.dtype.element_ty), mask=cv < V)
@@ -1737,8 +1776,17 @@ def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
             BV = narrow(max(BV, 64), 64, 2 * SEGMENT - 1 if dual else 4 * SEGMENT)
             stages = 2 if dual else 4
             residents = 2 if BK == BV == 64 else 1  # by shared memory
-            launch = HOPPER_CHUNK, BK, BV, BV // 16, stages, residents  # 16 rows for each warp
-            return _Config(_hopper_kernel, *launch, states_BK, states_stages)
+            return _Config(
+                kernel=_hopper_kernel,
+                C=HOPPER_CHUNK,
+                BK=BK,
+                BV=BV,
+                num_warps=BV // 16,  # 16 rows for each warp
+                num_stages=stages,
+                residents=residents,
+                states_BK=states_BK,
+                states_stages=states_stages,
+            )
         warnings.warn(
             "lightning_attn: this Hopper GPU runs the Triton kernel, which takes longer than the "
             "one in Gluon, because that cannot run: found triton "
@@ -1757,8 +1805,17 @@ def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
     )
     # for short sequences, two programs of 4 warps at once beat one of 8
     warps = 8 if BK * BV > 64 * 64 and C > 16 else 4
-    stages = 1 if length <= C else stages
-    return _Config(_scan_kernel, C, BK, BV, warps, stages, 1, states_BK, states_stages)
+    return _Config(
+        kernel=_scan_kernel,
+        C=C,
+        BK=BK,
+        BV=BV,
+        num_warps=warps,
+        num_stages=1 if length <= C else stages,
+        residents=1,
+        states_BK=states_BK,
+        states_stages=states_stages,
+    )
 
 
 def _block(d):
@@ -1773,7 +1830,7 @@ class _Cut:
     segment: int  # tokens
     piece: int  # tokens
     pieces_per_segment: int
-    pieces: int  # of a batch row: those of segments that another one follows
+    pieces: int  # of a batch row: those of segments that another one follows; all if `only_state`
     BK: int  # the tile of `_states_kernel`
     BV: int
 
@@ -1788,8 +1845,8 @@ def _cut(config, processors, itemsize, B, H, T, K, V, states_K, states_V, only_s
     segments = max(1, min(processors * config.residents // programs, T // SEGMENT, 1 + room))
     BK, BV = min(_block(states_K), config.states_BK), min(_block(states_V), 64)
     tiles = -(-states_K // BK) * -(-states_V // BV)
-    # 2^i pieces per segment, so that programs that run at once sum the states of a head that never
-    # forgets
+    # Many pieces, so that many programs at once sum the states of a head that never forgets: of
+    # other heads most pieces vanish. A power of two, because `tl.arange` counts a segment's pieces.
     pieces = min(
         8,
         3 * processors // (B * segments * tiles),
@@ -1799,8 +1856,9 @@ def _cut(config, processors, itemsize, B, H, T, K, V, states_K, states_V, only_s
     pieces = 1 << max(1, pieces).bit_length() - 1
     piece = -(-T // (segments * pieces * config.C)) * config.C
     if only_state:  # the last segment's state is wanted as well
-        return _Cut(piece, piece, 1, -(-T // piece), BK, BV)
-    return _Cut(piece * pieces, piece, pieces, (T - 1) // (piece * pieces) * pieces, BK, BV)
+        return _Cut(piece, piece, 1, _row_count(T, 1, piece), BK, BV)
+    rows = _row_count(T, 1, piece, pieces)
+    return _Cut(piece * pieces, piece, pieces, rows, BK, BV)
 
 
 def _precision(op, arch):
@@ -1830,23 +1888,24 @@ def _gpu():
 
 
 def _launch(kernel, *arrays, out, programs, params, in_place=None, **arguments):
-    """Launches a kernel and returns its outputs, like `out`. `in_place` {input: output} are arrays
-    that XLA may give the same memory."""
+    """Launches a kernel and returns its outputs, which are like `out`. `in_place` {input: output}
+    are arrays that XLA may give the same memory."""
     call = functools.partial(
         jax_triton.triton_call,
         kernel=kernel,
         out_type=out,
         grid=(programs,),
         params=tuple(params),
-        backend_options={"enable_fp_fusion": True},
+        backend_options={"enable_fp_fusion": True},  # jax-triton's default is not
         **arguments,
     )
     return _in_place(call, arrays, in_place) if in_place else call(*arrays)
 
 
 def _in_place(call, arrays, in_place):
+    """call(*arrays), of which XLA may give `in_place` {input: output} the same memory."""
     # jax-triton would pass such an array once. That is wrong where XLA gives the output other
-    # memory after all: for a call in a loop whose output is stacked, it is a row of the stack. So
+    # memory after all: the output of a call in a loop that stacks outputs is a row of the stack. So
     # the call is traced with separate outputs, and only its lowering learns of the sharing.
     jaxpr, out = jax.make_jaxpr(call, return_shape=True)(*arrays)
     (eqn,) = jaxpr.eqns
@@ -1873,12 +1932,12 @@ def _params(op, B, q, k, v, w, g, s0, sequences, swapped):
         k_heads=k.shape[2],
         v_heads=v.shape[2],
         w_heads=w.shape[2],
-        q_row=_tokens_apart(q, B),
-        k_row=_tokens_apart(k, B),
-        v_row=_tokens_apart(v, B),
-        w_row=_tokens_apart(w, B),
-        s0_row=sequences if s0 is not None and s0.shape[0] == B else 0,
-        g_row=H if g.shape[0] > 1 else 0,
+        q_stride=_tokens_apart(q, B),
+        k_stride=_tokens_apart(k, B),
+        v_stride=_tokens_apart(v, B),
+        w_stride=_tokens_apart(w, B),
+        s0_stride=sequences if s0 is not None and s0.shape[0] == B else 0,
+        g_stride=H if g.shape[0] > 1 else 0,
         sequences=sequences,
     )
 
@@ -1889,27 +1948,28 @@ def _tokens_apart(x, B):
 
 
 def _rows_of_work(op, params, cu, length, rows, pieces=0):
-    """The table of work in so many rows of `length` tokens, or None for a plain batch, and the
-    parameters that describe it."""
-    params = params._replace(length=length, rows=rows)
+    """The table of work in rows of `length` tokens and the parameters that describe the table. A
+    plain batch has no table, and `rows` rows."""
     if cu is None:
-        return None, params
+        return None, params._replace(length=length, rows=rows)
     table = _tables(params.T, cu, length, op.reverse, pieces)
-    return table, params._replace(table_row=rows * 7 if cu.shape[0] > 1 else 0)
+    batch_rows, rows, columns = table.shape
+    stride = rows * columns if batch_rows > 1 else 0
+    return table, params._replace(length=length, rows=rows, table_stride=stride)
 
 
 def _scan_triton(op, q, k, v, g, s0, cu, w=None, swapped=False):
     """The scan by kernels; results as `_scan`'s. `swapped`: the states of segments are summed with
-    k and v exchanged. The states of a scan and of its transpose then are equal launches, of which
-    XLA makes one."""
+    k and v exchanged. Where K = V, the states of a scan and of its transpose then are equal
+    launches, of which XLA makes one."""
     (T, _, K), V, H = q.shape[1:], v.shape[3], g.shape[1]
     B, n = _batch(q, k, v, g, s0, cu, w), 1 if cu is None else cu.shape[1] - 1
-    arch, processors = _gpu() or ("sm_90", 132)  # traced, and never lowered, where there is no GPU
+    arch, processors = _gpu() or ("sm_80", 108)  # traced, and never lowered, where there is no GPU
     config = _config(arch, processors, K, V, q.dtype, B, H, T, n, w is not None)
-    dual = config.kernel is _hopper_kernel and max(K, V) <= config.BK == config.BV
-    if w is not None and not dual:
+    one_tile = max(K, V) <= config.BK == config.BV
+    if w is not None and not (config.kernel is _hopper_kernel and one_tile):
         stateless = dataclasses.replace(op, final_state=False)
-        # each of the two has all rows
+        # each of the two scans is to have the rows of both, q's and w's
         g = g if q.shape[0] == w.shape[0] else jnp.broadcast_to(g, (B, H))
         o, s, _ = _scan_triton(op, q, k, v, g, s0, cu)
         y, *_ = _scan_triton(stateless, w, v, k, g, _transposed(s0), cu, swapped=True)
@@ -1919,8 +1979,9 @@ def _scan_triton(op, q, k, v, g, s0, cu, w=None, swapped=False):
     if T == 1 and cu is None and not op.only_state:
         return _launch_step(op, params, B, q, k, v, g, s0)
     states_of = (v, k) if swapped else (k, v)
-    dims = K, V, *(x.shape[3] for x in states_of)
-    cut = _cut(config, processors, q.dtype.itemsize, B, H, T, *dims, op.only_state)
+    states_K, states_V = (x.shape[3] for x in states_of)
+    itemsize = q.dtype.itemsize
+    cut = _cut(config, processors, itemsize, B, H, T, K, V, states_K, states_V, op.only_state)
     precision = _precision(op, arch)
     linked = g  # stands for an array that no kernel touches, here and below
     if cut.pieces:
@@ -1939,12 +2000,14 @@ def _outputs(op, params, B, K, V, dtype, dual=False):
 
 
 def _results(op, out):
-    """o, s and y of those outputs."""
-    s, o, y = (*[None] * (not op.final_state), *out, None)[:3]
-    return o, s, y
+    """o, s and y of those outputs; s or y is None where it is not asked for."""
+    out = iter(out)
+    s = next(out) if op.final_state else None
+    return next(out), s, next(out, None)
 
 
 def _launch_step(op, params, B, q, k, v, g, s0):
+    """The scan of plain batch rows of one token; results as `_scan`'s."""
     K, V = q.shape[3], v.shape[3]
     BK, BV = _block(K), min(_block(V), max(16, 8192 // _block(K)))
     unwritten = [] if op.final_state else [g]
@@ -1968,10 +2031,11 @@ def _launch_step(op, params, B, q, k, v, g, s0):
 
 
 def _launch_states(op, config, cut, params, B, keys, values, g, cu, precision):
-    """The states [B, pieces, H, Y, X] of pieces. The last piece of each segment has the state
-    that the next segment starts from, less s0, unless only states are wanted."""
-    H, X, Y = params.H, keys.shape[3], values.shape[3]
-    # what these kernels do not read is left out, so that a scan and its transpose give equal ones
+    """The states of pieces [B, pieces, H, V, K], where K and V are the columns of `keys` and
+    `values`. The last piece of each segment has the state that the next segment starts from, s0
+    left out, unless only states are wanted."""
+    H, K, V = params.H, keys.shape[3], values.shape[3]
+    # What these kernels do not read is left out, so that a scan and its transpose give equal ones.
     params = _Params(
         scale=params.scale,
         way=int(params.way & (_Way.REVERSE | _Way.POST)),
@@ -1979,23 +2043,23 @@ def _launch_states(op, config, cut, params, B, keys, values, g, cu, precision):
         H=H,
         k_heads=keys.shape[2],
         v_heads=values.shape[2],
-        k_row=_tokens_apart(keys, B),
-        v_row=_tokens_apart(values, B),
-        g_row=params.g_row,
+        k_stride=_tokens_apart(keys, B),
+        v_stride=_tokens_apart(values, B),
+        g_stride=params.g_stride,
         pieces=cut.pieces,
         pieces_per_segment=cut.pieces_per_segment,
     )
     table, params = _rows_of_work(op, params, cu, cut.piece, cut.pieces, cut.pieces_per_segment)
     table, packed = (g, False) if table is None else (table, True)
-    shape = jax.ShapeDtypeStruct((B, cut.pieces, H, Y, X), jnp.float32)
+    shape = jax.ShapeDtypeStruct((B, cut.pieces, H, V, K), jnp.float32)
     states = _launch(
         _states_kernel,
         *(keys, values, g, table),
         out=shape,
-        programs=B * cut.pieces * H * -(-X // cut.BK) * -(-Y // cut.BV),
+        programs=B * cut.pieces * H * -(-K // cut.BK) * -(-V // cut.BV),
         params=params,
-        K=X,
-        V=Y,
+        K=K,
+        V=V,
         BK=cut.BK,
         BV=cut.BV,
         C=STATES_CHUNK,
@@ -2006,17 +2070,17 @@ def _launch_states(op, config, cut, params, B, keys, values, g, cu, precision):
     )
     if op.only_state:
         return states
-    BE = min(512, _block(X * Y))
+    BE = min(512, _block(K * V))
     walks = cut.pieces // cut.pieces_per_segment if packed else 1
     return _launch(
         _link_kernel,
         *(states, g, table),
         out=shape,
         in_place={0: 0},
-        programs=B * walks * H * -(-X * Y // BE),
+        programs=B * walks * H * -(-K * V // BE),
         params=params._replace(rows=walks),
         PIECES=cut.pieces_per_segment,
-        E=X * Y,
+        E=K * V,
         BE=BE,
         PACKED=packed,
         num_warps=4,
@@ -2033,10 +2097,10 @@ def _state_after(cut, states, g, T):
 
 
 def _launch_scan(op, config, cut, params, B, q, k, v, g, s0, cu, w, linked, precision):
+    """The scan of all segments, from their `linked` states; results as `_scan`'s."""
     T, K, V, C = params.T, q.shape[3], v.shape[3], config.C
-    rows = -(-T // cut.segment) if cu is None else T // cut.segment + params.sequences + 2
     params = params._replace(pieces=cut.pieces, pieces_per_segment=cut.pieces_per_segment)
-    table, params = _rows_of_work(op, params, cu, cut.segment, rows)
+    table, params = _rows_of_work(op, params, cu, cut.segment, _row_count(T, 1, cut.segment))
     arrays = q, k, v
     if config.kernel is _hopper_kernel:
         # kernels that make descriptors need scratch memory, which CUDA graphs do not provide
@@ -2050,7 +2114,7 @@ def _launch_scan(op, config, cut, params, B, q, k, v, g, s0, cu, w, linked, prec
         qd, kd, vd = described(q, config.BK), described(k, config.BK), described(v, config.BV)
         arrays = qd, kd, vd, vd if w is None else described(w, config.BV)
         own = {"STAGES": config.num_stages, "num_stages": 1, "DUAL": w is not None}
-        own |= {"y": 0} if w is None else {}  # which the kernel does not touch
+        own |= {"y": 0} if w is None else {}  # the kernel does not touch y then
     else:
         own = {"num_stages": config.num_stages, "PRECISION": precision}
     arrays = *arrays, g, g if s0 is None else s0, linked, g if table is None else table
@@ -2059,7 +2123,7 @@ def _launch_scan(op, config, cut, params, B, q, k, v, g, s0, cu, w, linked, prec
         config.kernel,
         *(*arrays, *unwritten),
         out=_outputs(op, params, B, K, V, q.dtype, w is not None),
-        programs=B * params.H * rows * -(-V // config.BV),
+        programs=B * params.H * params.rows * -(-V // config.BV),
         params=params,
         K=K,
         V=V,
@@ -2098,7 +2162,7 @@ def _folded(op):
 
     @scan.def_vmap
     def _(size, mapped, *operands):
-        mapped = *mapped[:4], *map(bool, mapped[4:])  # of None, custom_vmap says an empty tree
+        mapped = *mapped[:4], *map(bool, mapped[4:])  # custom_vmap gives an empty tree for None
         rows = (x.shape[int(m)] for x, m in zip(operands, mapped) if x is not None)
         B = _shared(rows)
 
@@ -2188,7 +2252,7 @@ def _partition(op, shapes, traced_mesh, mesh, _, results):
     counts = {name: _head_count(name, shape) for name, shape in shapes.items()}
     fewer = {name for name in {"q", "k", "v", "w"} & set(shapes) if counts[name] % devices}
     fewer = {name for name in fewer if counts[name] > 1}
-    # a device that shares heads takes them by its number, which a part of a mesh does not know
+    # a device selects the heads that it shares by its number, which is not known in a shard_map
     if H % devices or fewer and traced_mesh.manual_axes:
         heads, devices, fewer = (), 1, set()
 
@@ -2284,7 +2348,8 @@ def _scan_nothing(op, q, k, v, g, s0, cu, w):
 def _vary(x, *like, but=()):
     """`x`, varying over every shard_map axis that one of `like` varies over, save for some."""
     axes = frozenset().union(*map(_varying, jax.tree.leaves(like))) - set(but)
-    return jax.tree.map(lambda x: lax.pcast(x, tuple(axes - _varying(x)), to="varying"), x)
+    # sorted, because a set has another order in each process of a program
+    return jax.tree.map(lambda x: lax.pcast(x, tuple(sorted(axes - _varying(x))), to="varying"), x)
 
 
 def _varying(x):
@@ -2340,11 +2405,11 @@ def _across_bwd(op, axes, saved, cotangents):
     ds_in, ds0 = _exchange(op.adjoint(), axes, q, do, g, ds)
     dq, dk, dv, dg, *_ = _gradients(op, (q, k, v, _vary(g, q), s_in, None, ()), do, ds_in)
     if checked:
-        dg = lax.psum(dg, tuple(_varying(dg) - _varying(g)))
+        dg = lax.psum(dg, tuple(sorted(_varying(dg) - _varying(g))))
     if s0 is None:
         ds0 = None
     elif not checked:
-        ds0 /= lax.axis_size(axes)
+        ds0 /= lax.axis_size(axes)  # every device returns all of ds0
     return dq, dk, dv, dg, ds0
 
 
@@ -2355,12 +2420,14 @@ def _exchange(op, axes, k, v, g, s0):
     """The state that this device's tokens start from, and the final state of the whole sequence,
     which all devices have."""
     only_state = dataclasses.replace(op, only_state=True, final_state=True)
-    _, own = _attend(only_state, k, k, v, _vary(g, k), None, None)
+    _, own = _attend(only_state, k, k, v, _vary(g, k), None, None)  # k for q: no query is read
     states_around = functools.partial(_states_around, op, axes, k.shape[1])
     return _in_auto_mode(states_around, (own, g, s0), (_spec(own), _spec(own)))
 
 
 def _states_around(op, axes, T, own, g, s0):
+    """The results of `_exchange`, from the state [B, 1, H, K, V] that each device's own T tokens
+    leave."""
     devices = lax.axis_size(axes)
     to = {"to": "invarying"} if set(axes) <= _varying(own) else {}
     every = lax.all_gather(own, axes, **to)  # [devices, B, 1, H, K, V]
@@ -2409,22 +2476,22 @@ def _operands(query, key, value):
         if not 1 <= d <= 512:
             raise ValueError(f"{name}: expected a head dim from 1 to 512, got {d}")
     if not isinstance(T, int):
-        _symbolic_length(T)
+        _symbolic("query: expected a symbolic seq_len", T, CHUNK)
     elif T > 2**30:
         raise ValueError(f"query: expected seq_len of at most 2**30, got {T}")
     return q, k, v
 
 
-def _symbolic_length(T):
-    """Raises where a symbolic length, of a `jax.export`, may be shorter than a chunk."""
+def _symbolic(what, size, least):
+    """Raises where a symbolic size, of a `jax.export`, may be less."""
     try:
-        long = bool(T >= CHUNK)
+        enough = bool(size >= least)
     except jax.errors.InconclusiveDimensionOperation:
-        long = False
-    if not long:
+        enough = False
+    if not enough:
         raise ValueError(
-            f"query: expected a symbolic seq_len that is known to be {CHUNK} or more, got {T}: "
-            f'jax.export.symbolic_shape(..., constraints=["{T} >= {CHUNK}"])'
+            f"{what} that is known to be {least} or more, got {size}: "
+            f'jax.export.symbolic_shape(..., constraints=["{size} >= {least}"])'
         )
 
 
@@ -2466,7 +2533,7 @@ def _layer(layer_idx, num_layers):
     if type(layer_idx) is int and not 0 <= layer_idx < (num_layers if known else 2**31):
         raise ValueError(
             f"layer_idx: expected 0 to num_layers - 1, got {layer_idx} of "
-            f"{num_layers if known else 'traced'}"
+            f"{num_layers if known else 'a traced number'}"
         )
     return layer_idx, num_layers
 
@@ -2509,7 +2576,9 @@ def _boundaries(cu, q):
     array = _array("cu_seqlens", cu, ("num_seqs + 1",), jnp.integer)
     if B != 1:
         raise ValueError(f"cu_seqlens: expected a batch of 1 to hold the packed sequences, got {B}")
-    if isinstance(array.shape[0], int) and array.shape[0] < 2:
+    if not isinstance(array.shape[0], int):
+        _symbolic("cu_seqlens: expected a symbolic number of boundaries", array.shape[0], 2)
+    elif array.shape[0] < 2:
         raise ValueError(f"cu_seqlens: expected at least 2 boundaries, got {array.shape[0]}")
     if (value := _known(cu)) is not None:
         _known_boundaries(value, T)
@@ -2530,7 +2599,7 @@ def _listed(cu):
         )
     for x in cu:
         scalar = _is_number(x, jnp.integer) and np.shape(x) == ()
-        if not scalar or type(x) is int and abs(x) >= 2**63:
+        if not scalar or abs(int(x)) >= 2**63:
             raise TypeError(f"cu_seqlens: expected integers, got {cu!r}")
     return np.array([int(x) for x in cu], np.int64)
 
@@ -2545,7 +2614,7 @@ def _known_boundaries(value, T):
         raise ValueError(f"cu_seqlens: expected to start at 0, got {value[0]} in {shown}{hint}")
     if any(a > b for a, b in itertools.pairwise(value)):
         raise ValueError(f"cu_seqlens: expected boundaries that do not decrease, got {shown}")
-    if value[-1] > T:
+    if isinstance(T, int) and value[-1] > T:  # of a symbolic length that is not known
         raise ValueError(f"cu_seqlens: expected boundaries up to seq_len, {T}, got {value[-1]}")
 
 
@@ -2569,8 +2638,9 @@ def _backend(backend, q, cu):
         raise ValueError(f'backend: expected None, "triton" or "xla", got {backend!r}')
     if backend == "triton" and triton is None:
         raise ValueError(
-            'backend="triton" needs jax-triton and triton, which cannot be used here: '
-            f"{_unfit or 'not installed'}. They need Linux, Python >= 3.12 and: {_INSTALL}"
+            'backend: expected None or "xla" where jax-triton and triton cannot be used, got '
+            f'"triton": {_unfit or "not installed"}. '
+            f"They need Linux, Python >= 3.12 and: {_INSTALL}"
         )
     arch = _gpu()[0] if _gpu() else None
     # Before sm_80 GPUs lack Triton's matrix products: its code spills, and wants twice their shared
@@ -2581,6 +2651,8 @@ def _backend(backend, q, cu):
             'backend: expected None or "xla" where there is no GPU for the kernels (NVIDIA from '
             f'sm_80 on, AMD), got "triton" and {arch or jax.default_backend()}'
         )
+    if triton is None and not _unfit and arch and not old and backend is None:
+        warnings.warn(f"{_SLOW}jax-triton and triton are not installed: {_INSTALL}")
     if triton is None or q.dtype == jnp.float64 or old:
         return "xla"
     sizes = *q.shape, *(() if cu is None else cu.shape)
@@ -2673,7 +2745,8 @@ def _known(x):
 def _layout_hint(x, axis, T, H):
     """What to add to a message where `x` has as many heads, along `axis`, as query has tokens:
     query is [B, H, T, D] then."""
-    if getattr(x, "shape", ())[axis : axis + 1] != (T,) or T == H:
+    shape = getattr(x, "shape", ())
+    if len(shape) != (4 if axis else 1) or shape[axis] != T or T in (1, H):
         return ""
     return (
         ". query is [batch, seq_len, num_heads, head_dim], so here "

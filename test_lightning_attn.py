@@ -83,6 +83,9 @@ def main(arguments):
 
     pytest gets all other arguments.
     """
+    if {"-h", "--help"} & set(arguments):
+        print(f"python {os.path.relpath(__file__)} [::NAME ...] [--devices] [pytest's arguments]\n")
+        print(" ".join(main.__doc__.split()) + "\n")
     devices = "--devices" in arguments
     arguments = [a for a in arguments if a != "--devices"]
     arguments = [__file__ + a if a.startswith("::") else a for a in arguments]
@@ -483,7 +486,7 @@ def test_programs_that_take_half_the_values(path, T, cu, monkeypatch):
     LAUNCHED.clear()
     monkeypatch.setattr(config_of_gluon, "processors", 132)
     check_against_oracle(path, *inputs(14, 1, T, 2, 1, 128, 128, n=cu and len(cu) - 1), cu=cu)
-    rows = 1 if cu is None else 5  # of a pack: sequences, what is around them
+    rows = 1 if cu is None else 5  # of a pack: 3 sequences, and the tokens before and after them
     assert ("_hopper_kernel", 2 * rows * 2) in LAUNCHED
 
 
@@ -955,7 +958,8 @@ def test_a_scan_and_its_transpose_sum_the_same_states():
     id="B{B}-T{T}-H{H}-D{D}",
 )
 def test_states_of_segments_take_little_memory(B, T, H, D):
-    """States take a seventh of q, k, v and o at most. All these shapes have segments on an H200."""
+    """States take a seventh of q, k, v and o at most. All these shapes have segments on an
+    H100."""
     x = jax.ShapeDtypeStruct((B, T, H, D), "bfloat16")
     f = lambda q, k, v: lightning_attn(q, k, v, 12, 24, backend="triton")
     found = recorded_launches("sm_90", f, x, x, x)
@@ -982,7 +986,7 @@ def test_states_of_segments_take_little_memory(B, T, H, D):
     id="{dtype}-H{H}-T{T}-n{n}",
 )
 def test_short_sequences_take_short_chunks_and_few_values(dtype, H, T, n, forward, backward):
-    """The kernel, its tokens per chunk and its values per program, on an H100 of 132 processors."""
+    """The kernel, its tokens per chunk and its values per program, on an H100."""
     x = jax.ShapeDtypeStruct((1, T, H, 128), dtype)
     cu = jax.ShapeDtypeStruct((n + 1,), "int32")
 
@@ -1156,15 +1160,15 @@ def test_later_tokens_change_nothing_before_them(f, call, rng, same):
 def test_linear_in_queries_keys_values_and_states(f, call, rng, same):
     call |= {n: call[n].astype(jnp.float32) for n in "qkv"}
 
-    def same(a, b):
+    def close(a, b):
         assert np.linalg.norm(a - b) <= 3e-5 * max(np.linalg.norm(b), b.size**0.5)
 
     for names in ["q"], ["k", "s0"], ["v", "s0"]:
         other = {n: jnp.asarray(rng.standard_normal(call[n].shape), jnp.float32) for n in names}
         both = {n: call[n] + 2 * other[n] for n in names}
         a, b, c = f(**call), f(**call | other), f(**call | both)
-        same(a[0] + 2 * b[0], c[0])
-        same(a[1] if names == ["q"] else a[1] + 2 * b[1], c[1])
+        close(a[0] + 2 * b[0], c[0])
+        close(a[1] if names == ["q"] else a[1] + 2 * b[1], c[1])
 
 
 @property_test
@@ -1397,7 +1401,10 @@ def test_other_transforms(path, precise):
             results.append(jax.jit(f)(q, k, v, s0))
 
     threads = [threading.Thread(target=call) for _ in range(8)]
-    [t.start() for t in threads], [t.join() for t in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(results) == 8
     for r in results:
         assert_close(r, want, 1e-12)
@@ -1429,6 +1436,33 @@ def test_export_of_symbolic_shapes(shape, constraints, precise):
         ValueError, match="query: expected num_heads and head dims that are numbers"
     ):
         jax.eval_shape(f("xla"), symbolic("1, 70, h, 8"))
+
+
+@parametrize("tokens, boundaries", [("t", 4), (150, "m"), ("t", "m")])
+def test_export_of_symbolic_packs(tokens, boundaries, precise):
+    """Packs of symbolic lengths and counts are exported, with gradients."""
+    symbols = {"t": "t >= 64", "m": "m >= 2"}
+
+    def export(f, constraints):
+        scope = jax.export.SymbolicScope(constraints)
+        dims = [jax.export.symbolic_shape(str(x), scope=scope)[0] for x in (tokens, boundaries)]
+        q = jax.ShapeDtypeStruct((1, dims[0], 2, 8), jnp.float32)
+        return jax.export.export(jax.jit(f))(q, jax.ShapeDtypeStruct(dims[1:], jnp.int32))
+
+    f = lambda x, cu: lightning_attn(x, x, x, 1, 2, cu_seqlens=cu, backend="xla")
+    gradient = jax.grad(lambda x, cu: sum((y**2).sum() for y in f(x, cu)))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 150, 2, 8)), "float32")
+    cu = jnp.array([0, 70, 70, 140])
+    known = [symbols[x] for x in (tokens, boundaries) if x in symbols]
+    for call in f, gradient:
+        assert_close(export(call, known).call(x, cu), call(x, cu))
+    if boundaries == "m":
+        words = r"cu_seqlens: expected .* boundaries that is known to be 2 or more, got m: .*m >= 2"
+        with pytest.raises(ValueError, match=words):
+            export(f, known[:-1])
+    if tokens == "t":  # boundaries that are known, in tokens that are not
+        known_cu = lambda x, cu: lightning_attn(x, x, x, 1, 2, cu_seqlens=[0, 9], backend="xla")
+        assert_close(export(known_cu, known).call(x, cu), known_cu(x, cu))
 
 
 @contextlib.contextmanager
@@ -2311,6 +2345,7 @@ def wrong_calls():
             ("text", T, "integers, got ['0', '8']", ["0", "8"]),
             ("ragged", T, "integers, got [0, [1, 8]]", [0, [1, 8]]),
             ("past-int64", T, "integers, got [0, 1180591620717411303424]", [0, 2**70]),
+            ("past-int64-numpy", T, "integers, got [0, np.uint64(92", [0, np.uint64(2**63)]),
             ("of-one-boundary", V, "at least 2 boundaries, got 1", cu(0)),
             ("from-1", V, "to start at 0, got 1", cu(1, 8)),
             ("of-lengths", V, f"to start at 0, got 3 in [3 5]. {lengths}", cu(3, 5)),
@@ -2363,6 +2398,7 @@ def test_numbers_of_any_make():
     for scale in np.float64(0.5), np.array(0.5), np.float16(0.5), jnp.bfloat16(0.5), jnp.array(0.5):
         assert_close(f(1, 4, scale), want)
     assert_close(f(1, 4, np.int8(2)), f(1, 4, 2))
+    assert_close(lightning_g_gamma(np.int64(4), 1, 4), lightning_g_gamma(4, 1, 4))
     boundaries = [
         [0, 3, 8],
         (np.int64(0), jnp.int32(3), np.array(8)),
@@ -2386,23 +2422,40 @@ def test_messages_for_what_is_traced():
         jax.jit(lambda r: f(reverse=r))(True)
     with pytest.raises(ValueError, match="num_layers: expected 1 to 2"):
         lightning_g_gamma(4, 0, 0)
-    with pytest.raises(ValueError, match="num_heads: expected an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_heads: expected a static integer .* 1, got 0"):
         lightning_g_gamma(0, 0, 1)
+    with pytest.raises(ValueError, match="num_heads: expected a static integer .*Tracer"):
+        jax.jit(lambda H: lightning_g_gamma(H, 0, 1))(4)
+    with pytest.raises(ValueError, match="got -1 of a traced number"):
+        jax.jit(lambda n: lightning_g_gamma(4, -1, n))(4)
+
+
+def test_states_of_a_decode_step_get_no_hint_at_swapped_axes():
+    """A wrong shape is a hint at [B, H, T, D] only where heads stand in the place of tokens."""
+    x = jnp.ones((2, 1, 4, 16))
+    with pytest.raises(ValueError) as info:
+        lightning_attn(x, x, x, 1, 4, initial_state=jnp.ones((2, 1, 4, 16, 16)))
+    assert str(info.value).endswith("got (2, 1, 4, 16, 16)")
 
 
 # Versions and fallbacks ---------------------------------------------------------------------------
 
 
 def test_without_triton(monkeypatch):
-    """Without jax-triton the file works without a warning, and says what "triton" needs."""
+    """Without jax-triton the file works, and says what "triton" needs. Only GPUs get a warning."""
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bare = load("lightning_attn_bare")
-    x = jnp.ones((1, 4, 2, 8))
-    bare.lightning_attn(x, x, x, 0, 1)
+        bare._gpu = lambda: None
+        x = jnp.ones((1, 4, 2, 8))
+        bare.lightning_attn(x, x, x, 0, 1)
+        bare._gpu = lambda: ("sm_90", 132)
+        bare.lightning_attn(x, x, x, 0, 1, backend="xla")
     with pytest.raises(ValueError, match=re.escape(la._INSTALL)):
         bare.lightning_attn(x, x, x, 0, 1, backend="triton")
+    with pytest.warns(UserWarning, match="plain-JAX path.*" + re.escape(la._INSTALL)):
+        bare.lightning_attn(x, x, x, 0, 1)
 
 
 @wants_triton
@@ -2483,6 +2536,11 @@ def test_triton_without_gluon_for_hopper(monkeypatch):
     assert config.kernel is other._scan_kernel
     (said,) = (str(w.message) for w in caught)
     assert "triton" + la._HOPPER in said and f"found triton {la.triton.__version__}" in said
+    other._gpu = lambda: None
+    x = jnp.ones((1, 64, 2, 64), "bfloat16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.lightning_attn(x, x, x, 0, 1)
 
 
 @wants_triton
@@ -2550,8 +2608,7 @@ def test_offsets_past_2_31(arch, T):
     B, H, D = 2**32 // (T * 64 * 128) + 1, 64, 128
     x = jax.ShapeDtypeStruct((B, T, H, D), "bfloat16")
     s0 = jax.ShapeDtypeStruct((B, H, D, D), "float32")
-    options = dict(backend="triton")
-    f = lambda q, k, v, s0: lightning_attn(q, k, v, 3, 8, initial_state=s0, **options)[0]
+    f = lambda q, k, v, s0: lightning_attn(q, k, v, 3, 8, initial_state=s0, backend="triton")[0]
     ((kernel, arrays, arguments, options),) = recorded_launches(arch, f, x, x, x, s0)
 
     def endless(x):
@@ -2620,14 +2677,15 @@ def test_compiles_and_fits(arch, dtype):
                 continue
             table[key] = shared, spilled = compile_as_jax_triton(*launch, arch)
             assert shared <= la._SHARED_MEMORY[arch] * 1024, (key, shared)
-            # Two scans at once for head dims of 64 use all registers, and parts of the keys want
-            # more. Versions of ptxas differ. Triton 3.8 spills 120 bytes for two scans.
+            # Two scans at once for head dims of 64, and programs of half the values for 128, use
+            # all registers. Parts of the keys want more. Versions of ptxas and Triton differ.
             half_the_values = arguments.get("BV") == 64 and D == 128
             if (arguments.get("DUAL") and D == 64) or half_the_values:
                 few = 44
             else:
                 few = 512 if D > 128 else 0
-            assert not (kernel.is_gluon() and is_3_9) or spilled <= few, (key, spilled)
+            if kernel.is_gluon() and is_3_9:
+                assert spilled <= few, (key, spilled)
     assert len(table) >= 4
     has_hopper = any(key[0] == "_hopper_kernel" for key in table)
     assert has_hopper == (la._HAS_HOPPER and is_16_bit_hopper)
@@ -3050,7 +3108,7 @@ def teach_the_interpreter_bfloat16():
 
 
 def aligned(x):
-    """A copy of `x` that starts on 16 bytes, as GPU arrays do."""
+    """A copy of `x` that starts at a multiple of 64 bytes, as GPU arrays do."""
     raw = np.empty(x.nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
     out = raw[start:][: x.nbytes].view(x.dtype).reshape(x.shape)
