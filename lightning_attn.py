@@ -626,8 +626,8 @@ def _shared(sizes):
 #
 # The adjoint has the state
 #
-#     R_j = e^{g (T-1-j)} ds + scale sum_{i>=j} e^{g (i-j)} q_i^T do_i
-#     dv_j = k_j R_j         dk_j = v_j R_j^T
+#     A_j = e^{g (T-1-j)} ds + scale sum_{i>=j} e^{g (i-j)} q_i^T do_i
+#     dv_j = k_j A_j         dk_j = v_j A_j^T
 #
 # ds is not scaled, so the scale is of what enters the state (`post`). The scans for dk and dv have
 # the same state, transposed, so one dual scan, with w = v, yields both.
