@@ -46,7 +46,7 @@ from jax.sharding import PartitionSpec as P
 
 HERE = pathlib.Path(__file__).resolve().parent
 LAYER = {"layer_idx": 12, "num_layers": 24}
-PEER_SECONDS = 900  # time limit of a peer for all its shapes, tuning and compilation included
+PEER_SECONDS = 1200  # time limit of a peer for all its shapes, tuning and compilation included
 
 Wrong = argparse.ArgumentTypeError
 say = functools.partial(print, flush=True)
@@ -625,33 +625,33 @@ def of_cases(cases, columns, *kinds):
 SECTIONS = {
     "shapes": Section(
         "the main shapes; no state: forward without it; memory: that of both, extra",
-        65,
+        45,
         measure_shapes,
     ),
     "packs": Section(
         f"packs in {text_of(LONG)}, traced cu_seqlens, no final states",
-        25,
+        15,
         of_cases(PACKS, "name", "ms", "ratio", "memory"),
     ),
-    "decode": Section("decode steps of 32 heads of 128, float32 state", 20, measure_decode),
-    "decays": Section("slow decays", 20, of_cases(SLOW_DECAYS, "name shape", "ms", "ratio")),
+    "decode": Section("decode steps of 32 heads of 128, float32 state", 10, measure_decode),
+    "decays": Section("slow decays", 10, of_cases(SLOW_DECAYS, "name shape", "ms", "ratio")),
     "short": Section(
         "short prompts, whose times are partly those of launching",
-        25,
+        10,
         of_cases(SHORT, "shape", "ms", "gpu", "floor"),
     ),
     "variants": Section(
         "plain JAX, dtypes, grouped heads",
-        20,
+        15,
         of_cases(VARIANTS, "name shape", "ms", "floor", "ratio"),
     ),
     "lengths": Section(
-        "time against length", 35, of_cases(BY_LENGTH, "name shape", "ms", "ns_per_token")
+        "time against length", 25, of_cases(BY_LENGTH, "name shape", "ms", "ns_per_token")
     ),
-    "first": Section("the first jitted gradient of a process", 15, measure_first),
+    "first": Section("the first jitted gradient of a process", 10, measure_first),
     "devices": Section(
         "all GPUs and one: jit over batch or heads, seq_axis over tokens",
-        60,
+        40,
         of_cases(ON_DEVICES, "name shape", "ms", "speedup"),
     ),
 }
@@ -1155,9 +1155,9 @@ HELP = {
     "--dtype": "of the main shapes and the peers, by default bfloat16; on a CPU of all that is "
     "measured, by default float32. Costs no time",
     "--peers": f"also other implementations (GPU), all or some of {', '.join(PEERS)}, at the "
-    "shapes of those of the sections shapes, lengths and decode that run: one to five minutes "
-    f"each, and {PEER_SECONDS // 60} at most. A peer that wants packages of its own finds them in "
-    "the folder that BENCH_PATH_<peer> names",
+    "shapes of those of the sections shapes, lengths and decode that run: one to fifteen minutes "
+    f"each, because some tune themselves, and {PEER_SECONDS // 60} at most. A peer that wants "
+    "packages of its own finds them in the folder that BENCH_PATH_<peer> names",
     "--tune": "time the launch configurations of the kernels and nothing else (GPU): ten minutes "
     "or more",
     "--save": "write all that is measured, row by row: no time",
