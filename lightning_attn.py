@@ -2716,12 +2716,12 @@ def _integer(name, x):
 
 def _array(name, x, shape, kind, hint=""):
     """`x` as a JAX array of that shape, where "batch" etc. name a free size, and kind of dtype."""
-    wanted = f"[{', '.join(map(str, shape))}]"
     if not isinstance(x, (jax.Array, np.ndarray)):
-        raise TypeError(f"{name}: expected an array of shape {wanted}, got {type(x).__name__}")
+        raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
     fixed = [(want, got) for want, got in zip(shape, x.shape) if not isinstance(want, str)]
     if len(x.shape) != len(shape) or any(want != got for want, got in fixed):
-        raise ValueError(f"{name}: expected shape {wanted}, got {tuple(x.shape)}{hint}")
+        shape = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: expected shape [{shape}], got {tuple(x.shape)}{hint}")
     if not jnp.issubdtype(x.dtype, kind):
         kind = "integers" if kind is jnp.integer else "floating point"
         raise TypeError(f"{name}: expected {kind}, got {x.dtype}")
