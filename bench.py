@@ -833,7 +833,9 @@ def configurations(la, case):
     sizes = (32, 64), (32, 64, 128), (4, 8), (1, 2, 3, 4)
     for kernel in (la._hopper_kernel, la._scan_kernel):
         for C, BV, warps, stages in itertools.product(*sizes):
-            hopper_takes = C == 64 and warps * 16 == BV and stages > 1 and case.dtype != "float32"
+            hopper_takes = (
+                C == la.HOPPER_CHUNK and warps * 16 == BV and stages > 1 and case.dtype != "float32"
+            )
             if case.shape[3] >= BV and (hopper_takes or kernel is la._scan_kernel):
                 yield kernel, {"C": C, "BV": BV, "num_warps": warps, "num_stages": stages}
 

@@ -248,10 +248,10 @@ def lightning_attn(
     Gradients have the dtype of their argument. The gradient of `g_gamma` is float32 throughout. The
     error of each head's gradient is at most 2e-3 for float32 at "highest", and 1e-2 for 16 bits and
     TF32, relative to the gradient or, where the gradient's terms cancel, to the root of the sum of
-    their squares. The gradient of `g_gamma` takes one more scan, in plain JAX on any backend. That
-    scan does not run where nobody differentiates `g_gamma`. With float16 inputs, states and scaled
-    scores, q_i.k_j times `softmax_scale`, round to float16 where they are multiplied, and overflow
-    there past 65504.
+    their squares. The gradient of `g_gamma` takes one more scan, in plain JAX on any backend. Under
+    jit that scan does not run where nobody differentiates `g_gamma`. With float16 inputs, states
+    and scaled scores, q_i.k_j times `softmax_scale`, round to float16 where they are multiplied,
+    and overflow there past 65504.
 
     Raises:
       TypeError, ValueError: before anything runs. The message names the argument, what was expected
@@ -631,6 +631,8 @@ def _shared(sizes):
 #
 # ds is not scaled, so the scale is of what enters the state (`post`). The scans for dk and dv have
 # the same state, transposed, so one dual scan, with w = v, yields both.
+#
+# These gradients are scans with gradients of their own, so the rules hold for `post` scans as well.
 
 
 def _attend(op, *operands):
@@ -1324,8 +1326,9 @@ def _scan_kernel(
 # which it has anyway: w reads y, where k and v change places. One square tile must then hold all of
 # K and V, and registers do not suffice to read S^T: a copy in shared memory is read.
 #
-# What limits it, for a tile of 128 x 128 and 256 threads: registers, 64 of S, 32 of O, 16 each of P
-# and D, and copies of them in 16 bits; and shared memory, 2 bytes for each of
+# What limits it, for C = 64, a tile of 128 x 128 and 256 threads: registers, 64 of S, 32 of O, 16
+# each of P and D, and copies of them in 16 bits; and shared memory, of which Hopper has 227 KiB:
+# 8 bytes for each mbarrier, and 2 bytes for each of
 # STAGES C (2 BK + BV) + C C + C BV numbers or, if DUAL,
 # STAGES C (2 BK + 2 BV) + BK BV + 2 C C + C (BK + BV). The emulator in the test file sees no race
 # between warps, no type and no limit: compile a change, and run it on a GPU under
@@ -1528,7 +1531,7 @@ def _hopper_kernel(
 ):
     """The steps of `_scan_kernel`, by the schedule above. qd, kd, vd and wd describe the arrays of
     the operands as [B T, heads, head dim]."""
-    WARPS: gl.constexpr = BV // 16
+    WARPS: gl.constexpr = BV // 16  # `_config` launches as many
     # S^T [BV, BK]: 16 rows for each warp
     LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
     # o^T [BV, C] and y^T [BK, C]
@@ -1719,7 +1722,7 @@ def _step_kernel(
 # Their plan: pure functions of shapes -------------------------------------------------------------
 
 STATES_CHUNK = 64  # tokens per chunk of `_states_kernel`
-HOPPER_CHUNK = 64  # tokens per chunk of `_hopper_kernel`
+HOPPER_CHUNK = 64  # tokens per chunk of `_hopper_kernel`: `_config`'s stages and residents fit it
 SEGMENT = 512  # tokens that a segment has at least: its state must cost less than they do
 # KiB of shared memory per program
 _SHARED_MEMORY = {
@@ -1752,7 +1755,8 @@ class _Config:
 
 def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
     """The launch configuration for B rows of T tokens in n sequences each, and H heads of head dims
-    K and V. `dual`: for both scans of one state. S^T is at most [128, 128], to fit in registers."""
+    K and V. S^T is at most [128, 128], to fit in registers. `dual`: for both scans of one state. If
+    the tile is not square or does not hold K and V, `_scan_triton` makes two scans instead."""
     shared = _SHARED_MEMORY.get(arch, 64 if arch.startswith("gfx") else 99)
     itemsize, length = dtype.itemsize, -(-T // n)
     BK, BV = min(_block(K), 128), min(_block(V), 128)
@@ -2141,9 +2145,17 @@ def _launch_scan(op, config, cut, params, B, q, k, v, g, s0, cu, w, linked, prec
 
 # How it composes: vmap, sharding, platforms -------------------------------------------------------
 #
-# A new operand of the scan goes into `_OPERANDS`, `_folded`, `_batch`'s calls, `_scan_xla`,
-# `_scan_triton` with `_params` and the launches, the kernels, `_scan_nothing`, and the rules of the
-# gradients. Operands and results are positional in all of them, in the order of `_OPERANDS`.
+# A new operand of the scan goes into
+# - the API: `lightning_attn`, `lightning_attn_reference` and a check;
+# - `_scan` and its signature above `_Op`, `_scan_xla` with its `_vary`, and all calls of `_batch`;
+# - the gradients, from `_attend_fwd`, which finds g by its place, to `_decay_gradient`, and
+#   `_attend_across` to `_exchange`;
+# - `_scan_triton`, `_params`, `_Params`, which `_launch_states` makes anew, the launches, whose
+#   `in_place` counts arrays, and the kernels;
+# - `_OPERANDS`, `_head_count` if it has no heads, `_partition` if it may have fewer heads,
+#   `_sharding_rule` if it has a new dim, `_folded` if it stands before s0, and `_scan_nothing`.
+# Operands and results are positional, in the order of `_OPERANDS` and `_RESULTS`, save for kernels,
+# launches and `_decay_gradient`.
 
 
 def _scan(op, q, k, v, g, s0, cu, w=None):
@@ -2181,7 +2193,7 @@ def _folded(op):
 
 
 # The dims of the operands and results of a scan: batch rows, tokens, heads, head dims K and V,
-# sequences, boundaries. The sharding rule and the shardings are read off this table.
+# sequences, boundaries. The sharding rule and the shardings are made from this table.
 _OPERANDS = {
     "q": "b t h k",
     "k": "b t h k",
