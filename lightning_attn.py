@@ -88,6 +88,7 @@ _JAX = ">=0.10.2"
 _KERNELS = {"jax": ">=0.11.1,<0.13", "jax-triton": ">=0.4.1,<0.5", "triton": ">=3.7,<3.10"}
 _HOPPER = ">=3.8,<3.10"  # the Triton of `_hopper_kernel`
 _INSTALL = "pip install " + " ".join(f"'{name}{versions}'" for name, versions in _KERNELS.items())
+_NEEDS = f"They need Linux, Python >= 3.12 and: {_INSTALL}"
 
 
 def _fits(found, versions):
@@ -134,7 +135,7 @@ else:
         _unfit = "found " + ", ".join(f"{name} {version}" for name, version in _found.items())
 _SLOW = "lightning_attn: GPUs take the plain-JAX path, which is many times slower, because "
 if _unfit:
-    warnings.warn(f"{_SLOW}the kernels cannot run: {_unfit}. They need: {_INSTALL}")
+    warnings.warn(f"{_SLOW}the kernels cannot run: {_unfit}. {_NEEDS}")
 _HAS_HOPPER = triton is not None and hasattr(hopper.tma, "async_load")  # Triton 3.7 lacks it
 
 __all__ = ["lightning_attn", "lightning_attn_reference", "lightning_g_gamma"]
@@ -870,7 +871,7 @@ def _table(T, cu, L, reverse, pieces=0):
 
 
 def _row_count(T, intervals, L, pieces=0):
-    """How many rows are enough for T tokens in so many intervals: `_table` says of what."""
+    """How many rows a `_table` of T tokens in so many intervals has."""
     if pieces:
         return (T - 1) // (L * pieces) * pieces
     return -(-T // L) if intervals == 1 else T // L + intervals
@@ -953,7 +954,7 @@ class _Params(NamedTuple):
     g_stride: Any = 0  # decays from one batch row to the next, or 0
     sequences: Any = 1  # of a batch row
     length: Any = 0  # tokens of a segment or, in the kernels of states, of a piece
-    rows: Any = 1  # rows of work of a batch row; in `_link_kernel` see there
+    rows: Any = 1  # rows of work of a batch row, or what `_link_kernel` says of itself
     table_stride: Any = 0  # numbers from one batch row of the table to the next, or 0
     pieces: Any = 0  # of a batch row: those whose states are summed
     pieces_per_segment: Any = 1
@@ -1900,7 +1901,8 @@ def _launch(kernel, *arrays, out, programs, params, in_place=None, **arguments):
         out_type=out,
         grid=(programs,),
         params=tuple(params),
-        backend_options={"enable_fp_fusion": True},  # jax-triton's default is not
+        # Triton 3.9 warns where this is left out, and 3.10 is to change what it stands for then
+        backend_options={"enable_fp_fusion": True},
         **arguments,
     )
     return _in_place(call, arrays, in_place) if in_place else call(*arrays)
@@ -2651,8 +2653,7 @@ def _backend(backend, q, cu):
     if backend == "triton" and triton is None:
         raise ValueError(
             'backend: expected None or "xla" where jax-triton and triton cannot be used, got '
-            f'"triton": {_unfit or "not installed"}. '
-            f"They need Linux, Python >= 3.12 and: {_INSTALL}"
+            f'"triton": {_unfit or "not installed"}. {_NEEDS}'
         )
     arch = _gpu()[0] if _gpu() else None
     # Before sm_80 GPUs lack Triton's matrix products: its code spills, and wants twice their shared
@@ -2664,7 +2665,7 @@ def _backend(backend, q, cu):
             f'sm_80 on, AMD), got "triton" and {arch or jax.default_backend()}'
         )
     if triton is None and not _unfit and arch and not old and backend is None:
-        warnings.warn(f"{_SLOW}jax-triton and triton are not installed: {_INSTALL}")
+        warnings.warn(f"{_SLOW}jax-triton or triton is not installed. {_NEEDS}")
     if triton is None or q.dtype == jnp.float64 or old:
         return "xla"
     sizes = *q.shape, *(() if cu is None else cu.shape)

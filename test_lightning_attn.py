@@ -1440,7 +1440,7 @@ def test_export_of_symbolic_shapes(shape, constraints, precise):
 
 @parametrize("tokens, boundaries", [("t", 4), (150, "m"), ("t", "m")])
 def test_export_of_symbolic_packs(tokens, boundaries, precise):
-    """Packs of symbolic lengths and counts are exported, with gradients."""
+    """Packs of symbolic lengths and counts are exported once, with gradients, for all sizes."""
     symbols = {"t": "t >= 64", "m": "m >= 2"}
 
     def export(f, constraints):
@@ -1451,17 +1451,20 @@ def test_export_of_symbolic_packs(tokens, boundaries, precise):
 
     f = lambda x, cu: lightning_attn(x, x, x, 1, 2, cu_seqlens=cu, backend="xla")
     gradient = jax.grad(lambda x, cu: sum((y**2).sum() for y in f(x, cu)))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 150, 2, 8)), "float32")
-    cu = jnp.array([0, 70, 70, 140])
+    rng = np.random.default_rng(0)
     known = [symbols[x] for x in (tokens, boundaries) if x in symbols]
+    cuts = [[0, 70, 70, 140], [0, 1, 90, 150] if boundaries == 4 else [0, 9, 10, 80, 150]]
     for call in f, gradient:
-        assert_close(export(call, known).call(x, cu), call(x, cu))
+        exported = export(call, known)
+        for T, cu in zip([150, 1300 if tokens == "t" else 150], map(jnp.array, cuts)):
+            x = jnp.asarray(rng.standard_normal((1, T, 2, 8)), "float32")
+            assert_close(exported.call(x, cu * (T // 150)), call(x, cu * (T // 150)))
     if boundaries == "m":
         words = r"cu_seqlens: expected .* boundaries that is known to be 2 or more, got m: .*m >= 2"
         with pytest.raises(ValueError, match=words):
             export(f, known[:-1])
-    if tokens == "t":  # boundaries that are known, in tokens that are not
-        known_cu = lambda x, cu: lightning_attn(x, x, x, 1, 2, cu_seqlens=[0, 9], backend="xla")
+    if tokens == "t":  # boundaries that are known, in tokens that may be fewer
+        known_cu = lambda x, cu: lightning_attn(x, x, x, 1, 2, cu_seqlens=[0, 140], backend="xla")
         assert_close(export(known_cu, known).call(x, cu), known_cu(x, cu))
 
 
