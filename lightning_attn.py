@@ -393,64 +393,78 @@ class _Op:
         return (1.0, self.scale) if self.post else (self.scale, 1.0)
 
 
-def _scan_xla(op, q, k, v, g, s0, cu, w=None):
+def _scan_xla(op, q, k, v, g, s0, cu, w=None, do=None, ds=None):
     """The scan, a group of chunks at a time. With w also y, which w reads of the transposed state
-    as q reads o of the state."""
-    B, T, H = _batch(q, k, v, g, s0, cu, w), q.shape[1], g.shape[1]
+    as q reads o of the state. With do it returns <o, do> + <s, ds> of each row and head instead,
+    [B, H], computed in float32; ds may be None."""
+    B, T, H = _batch(q, k, v, g, s0, cu, w, do), q.shape[1], g.shape[1]
     K, V = q.shape[3], v.shape[3]
     sequences = 1 if cu is None else cu.shape[1] - 1
     # XLA would fold decays that it knows into large constants, and be slower
     g = lax.optimization_barrier(g)
     packed, wide = cu is not None, g.dtype
     C, works = _chunks(T, cu, max(K, V))
+    dtype = v.dtype if do is None else wide
     # a product of two 16-bit numbers is exact in float32: more passes would change nothing
-    precision = op.precision if v.dtype == wide else "default"
+    precision = op.precision if dtype == wide else "default"
 
     def dot(indices, x, y):  # rounds what it multiplies, as the kernels do
-        x, y = x.astype(v.dtype), y.astype(v.dtype)
+        x, y = x.astype(dtype), y.astype(dtype)
         return jnp.einsum(indices, x, y, precision=precision, preferred_element_type=wide)
 
     scale_q, scale_k = op.scales()
-    q, k, v, w = (x if x is None else _whole_groups(x, works, C, packed) for x in (q, k, v, w))
-    far = _distances(op, C)
+    arrays = (x if x is None else _whole_groups(x, works, C, packed) for x in (q, k, v, w, do))
+    q, k, v, w, do = arrays
+    i = jnp.arange(C)
+    far = (i[:, None] - i) * (-1 if op.reverse else 1)  # from key j to query i in scan order
     D = jnp.where(far >= 0, op.scale * _power(g, far[None, None, None]), 0)  # [B | 1, 1, H, i, j]
 
     def outputs(q, k, v, eq, S):
         """What queries read of the keys and values of their chunk, and of the state before it."""
         P = dot("bnhik,bnhjk->bnhij", q, k) * D
         O = dot("bnhij,bnhjv->bnhiv", P, v) + scale_q * eq * dot("bnhik,bnhkv->bnhiv", q, S)
-        return O.swapaxes(2, 3).astype(v.dtype)  # [B, N, C, H, V]
+        return O.swapaxes(2, 3).astype(dtype)  # [B, N, C, H, V]
 
     def group(carry, work):  # [B | 1, N, 7]
-        S, s = carry
-        chunks = _columns(op, work)
-        N, sequence = work.shape[1], chunks.sequence
-        qs, ks, vs, ws = (
-            x if x is None else _load_chunks(x, chunks, C, B, H, packed) for x in (q, k, v, w)
+        S, s, total = carry
+        N, row = work.shape[1], _Row(*jnp.moveaxis(work, -1, 0))  # [B | 1, N]
+        valid, sequence = jnp.maximum(row.valid, 0), row.sequence
+        begins, ends = (row.after, row.before) if op.reverse else (row.before, row.after)
+        begins, ends = (x[..., None, None, None] == 0 for x in (begins, ends))
+        qs, ks, vs, ws, dos = (
+            x if x is None else _load_chunks(x, row.first, valid, C, B, H, packed)
+            for x in (q, k, v, w, do)
         )
-        decays = _decays(op, g, chunks.valid, C)
-        Z = dot("bnhjk,bnhjv->bnhkv", ks * (scale_k * decays.ek), vs)
+        eq, ek, eS = _decays(op, g, valid, C)
+        Z = dot("bnhjk,bnhjv->bnhkv", ks * (scale_k * ek), vs)
+        if do is not None:  # the states of an empty sequence may be NaN
+            sequence = jnp.where(valid > 0, sequence, -1)
         before, after = [None] * N, [None] * N
         # unrolled: a loop would launch a kernel per chunk
         for n in reversed(range(N)) if op.reverse else range(N):
             if packed:
                 entering = 0 if s0 is None else _states_of(s0, sequence[:, n])
-                S = jnp.where(chunks.begins[:, n, None, None, None], entering, S)
+                S = jnp.where(begins[:, n], entering, S)
             before[n] = S
-            after[n] = S = decays.eS[:, n] * S + Z[:, n]
+            after[n] = S = eS[:, n] * S + Z[:, n]
+            if ds is not None:
+                left = jnp.where(ends[:, n], _states_of(ds, sequence[:, n]), 0)
+                total += (left * S).sum((-1, -2))
         before, after = jnp.stack(before, 1), jnp.stack(after, 1)  # [B, N, H, K, V]
+        o = outputs(qs, ks, vs, eq, before)
+        y = None if w is None else outputs(ws, vs, ks, eq, _transposed(before))
+        if do is not None:
+            return (S, s, total + (o * dos.swapaxes(2, 3)).sum((1, 2, 4))), None
         if packed:
-            to = jnp.where(chunks.ends & (sequence >= 0), sequence, sequences)
+            to = jnp.where(ends[..., 0, 0, 0] & (sequence >= 0), sequence, sequences)
             to = jnp.broadcast_to(to, (B, N))
             s = jax.vmap(lambda s, to, S: s.at[to].set(S, mode="drop"))(s, to, after)
-        o = outputs(qs, ks, vs, decays.eq, before)
-        y = None if w is None else outputs(ws, vs, ks, decays.eq, _transposed(before))
-        return (S, s), (o, y)
+        return (S, s, total), (o, y)
 
     def group_or_nothing(carry, work):  # half of a pack's rows may be without work
         def nothing(carry, work):
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            return carry, _vary(zeros, q, k, v, g, s0, w, works)
+            return carry, _vary(zeros, *varying)
 
         shapes = jax.eval_shape(group, carry, work)[1]
         return lax.cond((work[..., 1] >= 0).any(), group, nothing, carry, work)
@@ -459,39 +473,23 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None):
         o = jnp.moveaxis(o, 0, 1).reshape(B, -1, H, o.shape[-1])  # [B, G N C, H, V]
         return _from_chunks(o, works, T, C) if packed else o[:, :T]
 
-    S, s = jnp.zeros((B, H, K, V), wide), None
-    if packed:  # every sequence has a chunk that ends it, so every state of s is overwritten
+    S, s, total = jnp.zeros((B, H, K, V), wide), None, jnp.zeros((B, H), wide)
+    if (
+        packed and do is None
+    ):  # every sequence has a chunk that ends it, so every state of s is overwritten
         s = jnp.zeros((B, sequences, H, K, V), wide)
-    elif s0 is not None:
+    elif s0 is not None and not packed:
         S = jnp.broadcast_to(s0[:, 0], S.shape)
-    carry = _vary((S, s), q, k, v, g, s0, works)
+    varying = q, k, v, g, s0, works, w, do, ds
+    carry = _vary((S, s, total), *varying)
     step = group_or_nothing if packed else group
-    (S, s), (o, y) = lax.scan(step, carry, works, reverse=op.reverse)
+    (S, s, total), results = lax.scan(step, carry, works, reverse=op.reverse)
+    if do is not None:
+        return total
+    o, y = results
     o = jnp.zeros((B, 0, H, V), v.dtype) if op.only_state else by_token(o)
     s = s if packed else S[:, None]
     return o, s if op.final_state else None, None if y is None else by_token(y)
-
-
-class _Chunks(NamedTuple):
-    """The chunks of a group, each [B | 1, N]."""
-
-    first: Any  # token
-    valid: Any  # tokens of a sequence
-    begins: Any  # whether the scan of a sequence begins with the chunk
-    ends: Any
-    sequence: Any  # -1: none
-
-
-class _Decays(NamedTuple):
-    """How chunks decay what queries read of the state and what keys leave in it, as exponents
-    [B | 1, N, 1, C, 1] and as powers [B | 1, N, H, C, 1], and the state itself
-    [B | 1, N, H, 1, 1]."""
-
-    reads: Any
-    leaves: Any
-    eq: Any
-    ek: Any
-    eS: Any
 
 
 def _chunks(T, cu, widest):
@@ -518,22 +516,14 @@ def _chunks(T, cu, widest):
     return C, jnp.moveaxis(table.reshape(-1, G, N, 7), 1, 0)
 
 
-def _columns(op, work):
-    """The `_Chunks` of rows of a table, [B | 1, N, 7]."""
-    row = _Row(*jnp.moveaxis(work, -1, 0))
-    ends = row.before == 0, row.after == 0
-    begins, ends = reversed(ends) if op.reverse else ends
-    return _Chunks(row.first, jnp.maximum(row.valid, 0), begins, ends, row.sequence)
-
-
-def _load_chunks(x, chunks, C, B, H, packed):
+def _load_chunks(x, first, valid, C, B, H, packed):
     """Tokens of x [B | 1, T, Hx, X] in chunks as [B, N, H, C, X]: 0 for tokens of no sequence."""
-    (rows, _, Hx, X), N, i = x.shape, chunks.first.shape[1], jnp.arange(C)
+    (rows, _, Hx, X), N, i = x.shape, first.shape[1], jnp.arange(C)
     if packed:
-        x = _rows_at(x, chunks.first[..., None] + i)
-        x = jnp.where((i < chunks.valid[..., None])[..., None, None], x, 0)
+        x = _rows_at(x, first[..., None] + i)
+        x = jnp.where((i < valid[..., None])[..., None, None], x, 0)
     else:  # padded with zeros to whole groups
-        x = lax.dynamic_slice_in_dim(x, chunks.first[0, 0], N * C, 1)
+        x = lax.dynamic_slice_in_dim(x, first[0, 0], N * C, 1)
         x = x.reshape(rows, N, C, Hx, X)
     x = jnp.repeat(x.swapaxes(2, 3), H // Hx, axis=2)
     return jnp.broadcast_to(x, (B, N, H, C, X))
@@ -566,26 +556,18 @@ def _from_chunks(o, works, T, C):
 
 
 def _decays(op, g, valid, C):
-    """The `_Decays` of chunks with so many tokens [B | 1, N]."""
+    """How chunks with so many tokens [B | 1, N] decay what queries read of the state and what keys
+    add to it, [B | 1, N, H, C, 1], and the state itself, [B | 1, N, H, 1, 1]."""
     i, tokens = jnp.arange(C), valid[..., None]
     rank = tokens - 1 - i if op.reverse else jnp.broadcast_to(i, (*valid.shape, C))
-    reads, leaves = rank + (not op.post), tokens - 1 - rank + op.post
-    reads, leaves = (x[:, :, None, :, None] for x in (reads, leaves))
-    exponents = reads, leaves, valid[:, :, None, None, None]
+    exponents = rank + (not op.post), tokens - 1 - rank + op.post, tokens
     # XLA would put them where they multiply, and take a power for each number there
-    powers = lax.optimization_barrier(tuple(_power(g, x) for x in exponents))
-    return _Decays(reads, leaves, *powers)
+    return lax.optimization_barrier(tuple(_power(g, x[:, :, None, :, None]) for x in exponents))
 
 
 def _power(g, x):
     """e^{g x}, or 1 where x < 0, for decays g [B | 1, H] and exponents [B | 1, N, 1, ., .]."""
     return jnp.exp(g[:, None, :, None, None] * jnp.maximum(x, 0))
-
-
-def _distances(op, C):
-    """From token j to token i in scan order, [i, j]: the same in all chunks, full or not."""
-    i = jnp.arange(C)
-    return (i[:, None] - i) * (-1 if op.reverse else 1)
 
 
 def _rows_at(x, index):
@@ -736,73 +718,15 @@ _attend_dual.defvjp(_attend_dual_fwd, _attend_dual_bwd)
 
 
 def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
-    """The gradient of g for cotangents do and ds (or None), [B, H], in forward mode: the
-    derivatives of o and s as g changes, times do and ds. Reverse mode would sum
-    t (q_t.dq_t - k_t.dk_t) over tokens t, which cancels to noise where a head forgets.
-
-    The states have the derivatives W. With r and l for the exponents `reads` and `leaves` of
-    `_Decays`, over a chunk of C tokens,
-        S' = e^{gC} S + sum_j e^{g l_j} k_j v_j^T
-        W' = e^{gC} (W + C S) + sum_j l_j e^{g l_j} k_j v_j^T
-    and the outputs' derivatives, which are never made, add to the result
-        sum_i e^{g r_i} q_i (W + r_i S) do_i^T
-        + sum_{j<=i} (i - j) e^{g (i - j)} (q_i.k_j) (v_j.do_i)
-    where i and j are ranks. The scale is left out here.
-    """
-    B, T, H = *q.shape[:2], g.shape[1]
-    K, V = q.shape[3], v.shape[3]
-    # without tokens states end as they start
-    if not (q.size and v.size):
-        return _vary(jnp.zeros((B, H), g.dtype), q, k, v, g, s0, do, ds)
-    packed, wide = cu is not None, g.dtype
-    C, works = _chunks(T, cu, max(K, V))
-    dot = functools.partial(jnp.einsum, precision=op.precision, preferred_element_type=wide)
-    scale_q, scale_k = op.scales()
-    q, k, v, do = (_whole_groups(x, works, C, packed) for x in (q, k, v, do))
-    far = _distances(op, C)
-    D = jnp.where(far > 0, op.scale * _power(g, far[None, None, None]), 0)  # [B | 1, 1, H, i, j]
-
-    def link(carry, x):
-        S, W, total = carry  # [B, H, K, V] twice, [B, H]
-        (Z, Zw, Q, Qw), keep, chunk = x
-        tokens = chunk.valid[:, None, None, None]
-        # states of an empty sequence may be NaN
-        entered = jnp.where(chunk.valid > 0, chunk.sequence, -1)
-        if packed:
-            begins = chunk.begins[:, None, None, None]
-            S = jnp.where(begins, 0 if s0 is None else _states_of(s0, entered), S)
-            W = jnp.where(begins, 0, W)
-        total += (Qw * S + Q * W).sum((-1, -2))
-        S, W = keep * S + Z, keep * (W + tokens.astype(wide) * S) + Zw
-        if ds is not None:
-            ends = chunk.ends[:, None, None, None]
-            left = jnp.where(ends, _states_of(ds, entered), 0)
-            total += jnp.where(ends, left * W, 0).sum((-1, -2))
-        return (S, W, total), None
-
-    def group(carry, work):
-        S, W, total = carry
-        chunks = _columns(op, work)
-        qs, ks, vs, dos = (
-            _load_chunks(x, chunks, C, B, H, packed).astype(wide) for x in (q, k, v, do)
-        )
-        decays = _decays(op, g, chunks.valid, C)
-        scores = dot("bnhik,bnhjk->bnhij", qs, ks), dot("bnhiv,bnhjv->bnhij", dos, vs)
-        # XLA before jax 0.12 sums products wrongly on CPUs where it sees that heads are copies
-        scores, other = lax.optimization_barrier(scores)
-        total += (far * D * scores * other).sum((1, 3, 4))
-        ks, qs = ks * (scale_k * decays.ek), qs * (scale_q * decays.eq)
-        leaves, reads = decays.leaves.astype(wide), decays.reads.astype(wide)
-        pairs = (ks, vs), (leaves * ks, vs), (qs, dos), (reads * qs, dos)
-        sums = [dot("bnhjk,bnhjv->nbhkv", x, y) for x, y in pairs]
-        keep, chunks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (decays.eS, chunks))
-        carry, _ = lax.scan(link, (S, W, total), (sums, keep, chunks), reverse=op.reverse)
-        return carry, None
-
-    S = jnp.zeros((B, H, K, V), wide) if packed or s0 is None else s0[:, 0]
-    carry = S, jnp.zeros_like(S), jnp.zeros((B, H), wide)
-    carry = _vary(carry, q, k, v, g, s0, works, do, ds)
-    return lax.scan(group, carry, works, reverse=op.reverse)[0][2]
+    """The gradient of g for cotangents do and ds (or None), [B, H], in forward mode. No head reads
+    another's decay, so one derivative in the direction of all decays has that of each head. Reverse
+    mode would sum t (q_t.dq_t - k_t.dk_t) over tokens t, which cancels to noise where a head
+    forgets."""
+    if not (q.size and v.size):  # states end as they start
+        zeros = jnp.zeros((_batch(q, k, v, g, s0, cu, do), g.shape[1]), g.dtype)
+        return _vary(zeros, q, k, v, g, s0, do, ds)
+    f = lambda g: _scan_xla(op, q, k, v, g, s0, cu, do=do, ds=ds)
+    return jax.jvp(f, (g,), (jnp.ones_like(g),))[1]
 
 
 # Packs: where sequences begin and end -------------------------------------------------------------
