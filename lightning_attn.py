@@ -398,191 +398,166 @@ def _scan_xla(op, q, k, v, g, s0, cu, w=None, do=None, ds=None):
     as q reads o of the state. With do it returns <o, do> + <s, ds> of each row and head instead,
     [B, H], computed in float32; ds may be None."""
     B, T, H = _batch(q, k, v, g, s0, cu, w, do), q.shape[1], g.shape[1]
-    K, V = q.shape[3], v.shape[3]
-    sequences = 1 if cu is None else cu.shape[1] - 1
-    # XLA would fold decays that it knows into large constants, and be slower
-    g = lax.optimization_barrier(g)
-    packed, wide = cu is not None, g.dtype
-    C, works = _chunks(T, cu, max(K, V))
+    K, V, wide, packed = q.shape[3], v.shape[3], g.dtype, cu is not None
+    sequences = cu.shape[1] - 1 if packed else 1
+    # a jvp of large groups takes long to compile
+    C, groups = _groups(T, cu, max(K, V), GROUP if do is None else GROUP // 4)
+    N, i = groups.shape[2], jnp.arange(C)
+    rest = 0 if packed else -T % (N * C)  # tokens to add, so that a batch has whole groups
     dtype = v.dtype if do is None else wide
-    # a product of two 16-bit numbers is exact in float32: more passes would change nothing
+    # Products of 16-bit numbers are exact in float32: more passes would change nothing.
     precision = op.precision if dtype == wide else "default"
+    # keeps XLA from folding the decays of known g into large constants, which is slower
+    g = lax.optimization_barrier(g)
+    q, k, v, w, do = (
+        x if x is None else jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0)))
+        for x in (q, k, v, w, do)
+    )
 
     def dot(indices, x, y):  # rounds what it multiplies, as the kernels do
         x, y = x.astype(dtype), y.astype(dtype)
         return jnp.einsum(indices, x, y, precision=precision, preferred_element_type=wide)
 
-    scale_q, scale_k = op.scales()
-    arrays = (x if x is None else _whole_groups(x, works, C, packed) for x in (q, k, v, w, do))
-    q, k, v, w, do = arrays
-    i = jnp.arange(C)
     far = (i[:, None] - i) * (-1 if op.reverse else 1)  # from key j to query i in scan order
-    D = jnp.where(far >= 0, op.scale * _power(g, far[None, None, None]), 0)  # [B | 1, 1, H, i, j]
+    D = jnp.where(far >= 0, op.scale * _power(g, far[None, None]), 0)  # [B | 1, H, 1, i, j]
+    scale_q, scale_k = op.scales()
 
     def outputs(q, k, v, eq, S):
         """What queries read of the keys and values of their chunk, and of the state before it."""
-        P = dot("bnhik,bnhjk->bnhij", q, k) * D
-        O = dot("bnhij,bnhjv->bnhiv", P, v) + scale_q * eq * dot("bnhik,bnhkv->bnhiv", q, S)
-        return O.swapaxes(2, 3).astype(dtype)  # [B, N, C, H, V]
+        P = dot("bhcik,bhcjk->bhcij", q, k) * D
+        O = dot("bhcij,bhcjv->bhciv", P, v) + scale_q * eq * dot("bhcik,bhckv->bhciv", q, S)
+        return O.astype(dtype)
 
-    def group(carry, work):  # [B | 1, N, 7]
-        S, s, total = carry
-        N, row = work.shape[1], _Row(*jnp.moveaxis(work, -1, 0))  # [B | 1, N]
-        valid, sequence = jnp.maximum(row.valid, 0), row.sequence
-        begins, ends = (row.after, row.before) if op.reverse else (row.before, row.after)
-        begins, ends = (x[..., None, None, None] == 0 for x in (begins, ends))
-        qs, ks, vs, ws, dos = (
-            x if x is None else _load_chunks(x, row.first, valid, C, B, H, packed)
-            for x in (q, k, v, w, do)
-        )
-        eq, ek, eS = _decays(op, g, valid, C)
-        Z = dot("bnhjk,bnhjv->bnhkv", ks * (scale_k * ek), vs)
-        if do is not None:  # the states of an empty sequence may be NaN
-            sequence = jnp.where(valid > 0, sequence, -1)
-        before, after = [None] * N, [None] * N
-        # unrolled: a loop would launch a kernel per chunk
-        for n in reversed(range(N)) if op.reverse else range(N):
+    def group(carry, work):
+        S, s, o, y, total = carry
+        row = _Row(*jnp.moveaxis(work, -1, 0))  # [B | 1, N]
+        valid, has_work = jnp.maximum(row.valid, 0), (row.valid > 0)[:, None, :, None, None]
+        inside = i < valid[..., None]
+        tokens = jnp.where(inside, row.first[..., None] + i, T)  # [B | 1, N, C]
+
+        def load(x):
+            """Tokens of x [B | 1, T, Hx, X] in chunks [B, H, N, C, X]: 0 for those outside."""
+            Hx, X = x.shape[2:]
             if packed:
-                entering = 0 if s0 is None else _states_of(s0, sequence[:, n])
-                S = jnp.where(begins[:, n], entering, S)
-            before[n] = S
-            after[n] = S = eS[:, n] * S + Z[:, n]
-            if ds is not None:
-                left = jnp.where(ends[:, n], _states_of(ds, sequence[:, n]), 0)
-                total += (left * S).sum((-1, -2))
-        before, after = jnp.stack(before, 1), jnp.stack(after, 1)  # [B, N, H, K, V]
-        o = outputs(qs, ks, vs, eq, before)
-        y = None if w is None else outputs(ws, vs, ks, eq, _transposed(before))
+                x = jnp.where(inside[..., None, None], _rows_at(x, tokens), 0)
+            else:
+                x = lax.dynamic_slice_in_dim(x, row.first[0, 0], N * C, 1).reshape(-1, N, C, Hx, X)
+            x = jnp.repeat(jnp.moveaxis(x, 3, 1), H // Hx, axis=1)
+            return jnp.broadcast_to(x, (B, H, N, C, X))
+
+        def store(x, chunks):
+            chunks = jnp.moveaxis(chunks, 1, 3).reshape(B, N * C, H, -1)
+            if packed:
+                return _put_rows(x, tokens.reshape(-1, N * C), chunks)
+            return lax.dynamic_update_slice_in_dim(x, chunks, row.first[0, 0], 1)
+
+        def states_of_sequences(x):
+            """The states of x [B | 1, n, H, K, V] for the sequences of the chunks."""
+            x = _rows_at(x, jnp.maximum(row.sequence, 0)) if packed else x
+            return jnp.where(has_work, jnp.moveaxis(x, 2, 1), 0)
+
+        qs, ks, vs, ws, dos = (x if x is None else load(x) for x in (q, k, v, w, do))
+        eq, ek, eS = _decays(op, g, valid, C)
+        Z = dot("bhcjk,bhcjv->bhckv", ks * (scale_k * ek), vs)
+        entering = jnp.zeros((1, 1, N, 1, 1), wide) if s0 is None else states_of_sequences(s0)
+        before, after = _pass_states(op, row, eS, Z, entering, S)
+        S = after[:, :, 0 if op.reverse else N - 1]
+        ends = (row.valid > 0) & ((row.before if op.reverse else row.after) == 0)
         if do is not None:
-            return (S, s, total + (o * dos.swapaxes(2, 3)).sum((1, 2, 4))), None
-        if packed:
-            to = jnp.where(ends[..., 0, 0, 0] & (sequence >= 0), sequence, sequences)
-            to = jnp.broadcast_to(to, (B, N))
-            s = jax.vmap(lambda s, to, S: s.at[to].set(S, mode="drop"))(s, to, after)
-        return (S, s, total), (o, y)
+            # without the barrier XLA on CPUs (jax 0.12.0.1) adds memory that nothing has written
+            os, after = lax.optimization_barrier((outputs(qs, ks, vs, eq, before), after))
+            total += (os * dos).sum((2, 3, 4))
+            if ds is not None:
+                at_end = ends[:, None, :, None, None] * states_of_sequences(ds)
+                total += (at_end * after).sum((2, 3, 4))
+        if s is not None:
+            s = _put_rows(s, jnp.where(ends, row.sequence, sequences), jnp.moveaxis(after, 1, 2))
+        o = o if o is None else store(o, outputs(qs, ks, vs, eq, before))
+        y = y if y is None else store(y, outputs(ws, vs, ks, eq, _transposed(before)))
+        return (S, s, o, y, total), None
 
-    def group_or_nothing(carry, work):  # half of a pack's rows may be without work
-        def nothing(carry, work):
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            return carry, _vary(zeros, *varying)
+    def group_or_nothing(carry, work):  # half of a pack's groups may be without work
+        unchanged = lambda carry, _: (carry, None)
+        return lax.cond((work[..., 2] > 0).any(), group, unchanged, carry, work)
 
-        shapes = jax.eval_shape(group, carry, work)[1]
-        return lax.cond((work[..., 1] >= 0).any(), group, nothing, carry, work)
-
-    def by_token(o):
-        o = jnp.moveaxis(o, 0, 1).reshape(B, -1, H, o.shape[-1])  # [B, G N C, H, V]
-        return _from_chunks(o, works, T, C) if packed else o[:, :T]
-
-    S, s, total = jnp.zeros((B, H, K, V), wide), None, jnp.zeros((B, H), wide)
-    if (
-        packed and do is None
-    ):  # every sequence has a chunk that ends it, so every state of s is overwritten
-        s = jnp.zeros((B, sequences, H, K, V), wide)
-    elif s0 is not None and not packed:
-        S = jnp.broadcast_to(s0[:, 0], S.shape)
-    varying = q, k, v, g, s0, works, w, do, ds
-    carry = _vary((S, s, total), *varying)
+    S, total, s, o, y = jnp.zeros((B, H, K, V), wide), jnp.zeros((B, H), wide), None, None, None
+    if do is None:
+        if op.final_state:  # an empty sequence ends with the state that it starts from
+            s = jnp.zeros((), wide) if s0 is None else s0
+            s = jnp.broadcast_to(s, (B, sequences, H, K, V))
+        o = None if op.only_state else jnp.zeros((B, T + rest, H, V), dtype)
+        y = None if w is None else jnp.zeros((B, T + rest, H, K), dtype)
+    carry = _vary((S, s, o, y, total), q, k, v, g, s0, groups, w, do, ds)
     step = group_or_nothing if packed else group
-    (S, s, total), results = lax.scan(step, carry, works, reverse=op.reverse)
+    (_, s, o, y, total), _ = lax.scan(step, carry, groups, reverse=op.reverse)
     if do is not None:
         return total
-    o, y = results
-    o = jnp.zeros((B, 0, H, V), v.dtype) if op.only_state else by_token(o)
-    s = s if packed else S[:, None]
-    return o, s if op.final_state else None, None if y is None else by_token(y)
+    o = jnp.zeros((B, 0, H, V), dtype) if op.only_state else o[:, :T]
+    return o, s, None if y is None else y[:, :T]
 
 
-def _chunks(T, cu, widest):
+def _groups(T, cu, widest, most):
     """C and the work of all groups, [G, B | 1, N, 7]: rows of a table, and of -1 to fill the last
-    group. `widest` is the larger head dim. A chunk of so many tokens costs as much as its state."""
-    sizes = T, 2 if cu is None else cu.shape[1]
-    if not all(isinstance(size, int) for size in sizes):  # in an export
-        C, per_group = CHUNK, 1
-    else:
+    group. `widest` is the larger head dim, `most` the tokens of a group at most."""
+    n = 1 if cu is None else cu.shape[1] - 1
+    C, per_group = CHUNK, 1  # in an export of symbolic shapes
+    if isinstance(T, int) and isinstance(n, int):
+        # with C near K and V, a chunk's scores cost as much as its state
         C = CHUNK if widest <= CHUNK else 2 * CHUNK
-        # chunks of equal length leave the fewest tokens to pad
-        per_group, C = GROUP // C, -(-T // -(-T // C))
-        if cu is not None:  # a sequence that is shorter than a chunk wastes the rest of the chunk
-            C = min(C, max(16, _block(T // (cu.shape[1] - 1))))
-    table = _tables(T, cu, C, False)
-    G = N = 1
-    if per_group == 1:
-        G = table.shape[1]
-    else:
-        G = -(-table.shape[1] // per_group)
-        N = -(-table.shape[1] // G)
-        rest = G * N - table.shape[1]
-        table = jnp.pad(table, ((0, 0), (0, rest), (0, 0)), constant_values=-1)
+        # chunks of equal length need least padding
+        per_group, C = max(1, most // C), -(-T // -(-T // C))
+        # a sequence that is shorter than a chunk wastes the rest of the chunk
+        C = min(C, max(16, _block(T // n)))
+    table = _tables(T, cu, C, False, 0, True)
+    R = table.shape[1]
+    G = -(-R // per_group)
+    N = 1 if per_group == 1 else -(-R // G)
+    table = jnp.pad(table, ((0, 0), (0, G * N - R), (0, 0)), constant_values=-1)
     return C, jnp.moveaxis(table.reshape(-1, G, N, 7), 1, 0)
 
 
-def _load_chunks(x, first, valid, C, B, H, packed):
-    """Tokens of x [B | 1, T, Hx, X] in chunks as [B, N, H, C, X]: 0 for tokens of no sequence."""
-    (rows, _, Hx, X), N, i = x.shape, first.shape[1], jnp.arange(C)
-    if packed:
-        x = _rows_at(x, first[..., None] + i)
-        x = jnp.where((i < valid[..., None])[..., None, None], x, 0)
-    else:  # padded with zeros to whole groups
-        x = lax.dynamic_slice_in_dim(x, first[0, 0], N * C, 1)
-        x = x.reshape(rows, N, C, Hx, X)
-    x = jnp.repeat(x.swapaxes(2, 3), H // Hx, axis=2)
-    return jnp.broadcast_to(x, (B, N, H, C, X))
-
-
-def _whole_groups(x, works, C, packed):
-    """x [B, T, ...], padded to the tokens of all groups where chunks are not gathered."""
-    G, _, N, _ = works.shape
-    rest = -x.shape[1] % (N * C) if isinstance(G, int) else -x.shape[1] % C
-    if packed or isinstance(rest, int) and not rest:
-        return x
-    return jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0)))
-
-
-def _from_chunks(o, works, T, C):
-    """Outputs of chunks [B, G N C, H, V] for tokens, [B, T, H, V]: 0 for those of no sequence."""
-    rows = jnp.moveaxis(works[..., :3], (3, 1), (0, 1))  # [3, B | 1, G, N]
-    first, tokens, valid = rows.reshape(3, works.shape[1], -1)
-
-    def row(o, first, tokens, valid):
-        t = jnp.arange(T)
-        ends = jnp.where(tokens < 0, T, first + tokens)
-        # the ends ascend: a token's chunk is the number of ends up to it
-        of = jnp.cumsum(jnp.zeros(T, jnp.int32).at[ends].add(1, mode="drop"))
-        return jnp.where((valid[of] > 0)[:, None, None], o[of * C + t - first[of]], 0)
-
-    axis = 0 if works.shape[1] > 1 else None
-    first, tokens, valid = (x if axis == 0 else x[0] for x in (first, tokens, valid))
-    return jax.vmap(row, (0, axis, axis, axis))(o, first, tokens, valid)
+def _pass_states(op, row, eS, Z, entering, S):
+    """The states [B, H, N, K, V] before and after the chunks of a group, which decay the state by
+    eS and add Z. Sequences that start in the group start from `entering`, the others from S."""
+    N = Z.shape[2]
+    starts = ((row.after if op.reverse else row.before) == 0)[:, None, :, None, None]
+    before, after = [None] * N, [None] * N
+    # unrolled: a loop would launch a kernel per chunk. Products with 0 would let NaN pass to the
+    # next sequence.
+    for c in reversed(range(N)) if op.reverse else range(N):
+        before[c] = jnp.where(starts[:, :, c], entering[:, :, c], S)
+        after[c] = S = eS[:, :, c] * before[c] + Z[:, :, c]
+    return jnp.stack(before, 2), jnp.stack(after, 2)
 
 
 def _decays(op, g, valid, C):
     """How chunks with so many tokens [B | 1, N] decay what queries read of the state and what keys
-    add to it, [B | 1, N, H, C, 1], and the state itself, [B | 1, N, H, 1, 1]."""
+    add to it, [B | 1, H, N, C, 1], and the state itself, [B | 1, H, N, 1, 1]."""
     i, tokens = jnp.arange(C), valid[..., None]
     rank = tokens - 1 - i if op.reverse else jnp.broadcast_to(i, (*valid.shape, C))
     exponents = rank + (not op.post), tokens - 1 - rank + op.post, tokens
     # XLA would put them where they multiply, and take a power for each number there
-    return lax.optimization_barrier(tuple(_power(g, x[:, :, None, :, None]) for x in exponents))
+    return lax.optimization_barrier(tuple(_power(g, x[..., None]) for x in exponents))
 
 
 def _power(g, x):
-    """e^{g x}, or 1 where x < 0, for decays g [B | 1, H] and exponents [B | 1, N, 1, ., .]."""
-    return jnp.exp(g[:, None, :, None, None] * jnp.maximum(x, 0))
+    """e^{g x}, or 1 where x < 0: [B | 1, H, N, ., .] of g [B | 1, H] and x [B | 1, N, ., .]."""
+    return jnp.exp(g[:, :, None, None, None] * jnp.maximum(x, 0)[:, None])
 
 
 def _rows_at(x, index):
     """x[b, index[b]] of x [B | 1, ...] and index [B | 1, ...]. vmap tells the compiler that no row
     reads another's."""
     if x.shape[0] == 1:
-        return x[0].at[index].get(mode="clip")
+        return x.reshape(x.shape[1:]).at[index].get(mode="clip")
     index = jnp.broadcast_to(index, (x.shape[0], *index.shape[1:]))
     return jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x, index)
 
 
-def _states_of(x, sequence):
-    """x[b, sequence[b]] of states x [B | 1, n, H, K, V] as [B | 1, H, K, V]: 0 for no sequence."""
-    states = _rows_at(x, jnp.maximum(sequence, 0))
-    return jnp.where((sequence >= 0)[:, None, None, None], states, 0)
+def _put_rows(x, index, rows):
+    """x [B, n, ...] with rows[b] at index[b], of index [B | 1, N]. Indices may be past the end."""
+    index = jnp.broadcast_to(index, rows.shape[:2])
+    return jax.vmap(lambda x, i, y: x.at[i].set(y, mode="drop"))(x, index, rows)
 
 
 def _transposed(s):
@@ -761,18 +736,20 @@ def _intervals(T, cu):
     return bounds, fits & (i > 0) & (i < start.shape[0] - 1)
 
 
-def _table(T, cu, L, reverse, pieces=0):
+def _table(T, cu, L, reverse, pieces=0, of_sequences=False):
     """Rows of work, [R, 7], where R is enough for any cu. Rows are segments of L tokens, anchored
     where the scan starts. With `pieces`, rows are pieces of L tokens: `pieces` of them for each
-    segment that another segment follows."""
+    segment that another segment follows. `of_sequences`: only tokens of sequences have rows. Else
+    every interval has one or more, which write its outputs and its state."""
     if cu is None:  # one sequence, and nothing around it
         bounds, is_sequence = T * jnp.arange(2), jnp.ones(1, bool)
     else:
         bounds, is_sequence = _intervals(T, cu)
     length, intervals = bounds[1:] - bounds[:-1], is_sequence.shape[0]
-    segments = jnp.maximum(1, -(-length // (L * max(pieces, 1))))
-    rows = (segments - 1) * pieces if pieces else segments
-    R = _row_count(T, intervals, L, pieces)
+    rows = -(-length // (L * max(pieces, 1)))
+    rows = jnp.where(is_sequence, rows, 0) if of_sequences else jnp.maximum(rows, 1)
+    rows = (rows - 1) * pieces if pieces else rows
+    R = _row_count(T, intervals, L, pieces, of_sequences)
     ends = jnp.cumsum(rows)
     row = jnp.arange(R)
     of = jnp.cumsum(jnp.zeros(R, jnp.int32).at[ends].add(1, mode="drop"))  # each row's interval
@@ -794,19 +771,22 @@ def _table(T, cu, L, reverse, pieces=0):
     return jnp.stack([x.astype(jnp.int32) for x in columns], -1)
 
 
-def _row_count(T, intervals, L, pieces=0):
+def _row_count(T, intervals, L, pieces=0, of_sequences=False):
     """How many rows a `_table` of T tokens in so many intervals has."""
+    if of_sequences:
+        n = intervals if intervals == 1 else intervals - 2
+        return (T - n) // L + n
     if pieces:
         return (T - 1) // (L * pieces) * pieces
     return -(-T // L) if intervals == 1 else T // L + intervals
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))  # so that all uses share one trace
-def _tables(T, cu, L, reverse, pieces=0):
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4, 5))  # so that all uses share one trace
+def _tables(T, cu, L, reverse, pieces=0, of_sequences=False):
     """`_table` for each row of cu [B | 1, n + 1]: [B | 1, R, 7]; for a plain batch, of one row."""
     if cu is None:
-        return _table(T, None, L, reverse, pieces)[None]
-    return jax.vmap(lambda cu: _table(T, cu, L, reverse, pieces))(cu)
+        return _table(T, None, L, reverse, pieces, of_sequences)[None]
+    return jax.vmap(lambda cu: _table(T, cu, L, reverse, pieces, of_sequences))(cu)
 
 
 # How it is fast: the kernels ----------------------------------------------------------------------
