@@ -18,47 +18,31 @@ For one sequence and one head, with log decay g <= 0, a state S [K, V] is carrie
 
 TransNormerLLM (arXiv:2307.14995) introduced it, Lightning Attention-2 (arXiv:2401.04658) computes
 it in chunks, and MiniMax-01 (arXiv:2501.08313) trained it at scale. Time grows linearly with the
-sequence length. The state is all that is remembered.
+sequence length, and the state has a fixed size.
 
-Copy this file. It imports jax and numpy and, on NVIDIA and AMD GPUs, `jax-triton` and `triton`.
-Everywhere else it runs in plain JAX.
+Copy this file. It needs jax and numpy. With `jax-triton` and `triton` it runs kernels on NVIDIA and
+AMD GPUs. Everywhere else it runs plain JAX.
 
-The file in order: the API; what it computes, in plain JAX; its gradients; packs; how it is fast
-(kernels, their plan, their launch); how it composes with vmap, sharding and many devices; checks.
+The file in order: the API; packed batches; the scan in plain JAX; its gradients; the kernels, their
+plan and their launch; vmap, sharding and many devices; checks.
 
 Glossary
-  arrays
+    B, T, H       batch rows, tokens per row, heads. [B | 1]: B rows, or one that all rows share
+    K, V          head dims: of queries and keys; of values. BK, BV: columns that a program handles
+    n             sequences per batch row: 1 unless the batch is packed (varlen)
     q, k, v, o    queries, keys, values, outputs
     g, g2         log decay of a head per token: in nats (`g_gamma`); to base 2
-    S             state [K, V]; in kernels S^T [V, K], save for `_step_kernel`
+    S             state [K, V]. Kernels hold S^T [V, K], except `_step_kernel`
     s0, s         initial and final states of sequences
-    w, y          queries that read S^T; what they read
-    P             scores q_i.k_j of a chunk: [i, j], in kernels [j, i]
-    D             decays of the scores, with the scale and the causal mask
-    eq, ek, eS    decays in a chunk: of what queries read of S, of what keys add to S, of S. In
-                  kernels eq and ek include the scale
-    dx            the gradient of x, and nothing else
-    cu            boundaries of packed sequences, `cu_seqlens`
-  lengths
-    B, T          batch rows; tokens of a batch row. [B | 1]: one row may stand for all
-    H, h          heads of decays and outputs; one of them
-    K, V          head dims: of queries and keys; of values
-    BK, BV        columns of K and of V that one program handles
-    C             tokens per chunk, which is one step of a loop
-    segment       tokens that one program scans
-    piece         a part of a segment; the state of each is summed by a program of its own
-    L             tokens of a segment or of a piece
-    part          BK of the keys' columns, where a program scans them one part after another
-  places
-    pack          a batch row that holds sequences one after another
-    n             sequences of a batch row, which is 1 unless packed; in plain JAX's loops, a chunk
-    c, m          in kernels, number of a chunk; its tokens
+    q2, o2        queries that read S^T; what they read. fused: both scans in one
+    P, D          scores q_i.k_j of a chunk; their decays with the scale and the causal mask
     i, j          a query and a key of a chunk
-    rank          place of a token in its chunk, counted in scan direction
-  scans
-    post          the state decays after a token is read, not before it is added: in adjoints
-    linked        of a state: summed over all segments before, without the initial state
-    dual          two scans in one that read a state and its transpose
+    c, C          a chunk; tokens per chunk, which is one step of a loop
+    rank          index of a token in its chunk, in scan order
+    segment       tokens that one program scans
+    split         part of a segment. The states of splits are summed in parallel
+    work item     the tokens of a chunk, a segment or a split (`_WorkItem`)
+    dx            the gradient with respect to x
 """
 
 from __future__ import annotations
@@ -83,7 +67,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 __version__ = "0.1.0"
 
-# The plain-JAX path needs the first range, the kernels need the others.
+# Plain JAX needs the first range, the kernels need the others.
 _JAX = ">=0.10.2"
 _KERNELS = {"jax": ">=0.11.1,<0.13", "jax-triton": ">=0.4.1,<0.5", "triton": ">=3.7,<3.10"}
 _HOPPER = ">=3.8,<3.10"  # the Triton of `_hopper_kernel`
@@ -111,32 +95,29 @@ _unfit = None  # why installed kernels cannot run
 try:
     import jax_triton
     import triton
+
+    _found = dict(zip(_KERNELS, (jax.__version__, jax_triton.__version__, triton.__version__)))
+    if not all(_fits(_found[name], versions) for name, versions in _KERNELS.items()):
+        raise ImportError("found " + ", ".join(f"{name} {found}" for name, found in _found.items()))
     import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
 except Exception as error:
     triton = None
     # macOS and TPU hosts have no Triton, so no warning is due here. `_backend` warns GPU hosts.
-    absent = isinstance(error, ModuleNotFoundError) and error.name in ("jax_triton", "triton")
-    if not absent:
-        _unfit = f"importing jax_triton failed with {type(error).__name__}: {error}"
-else:
-    _found = dict(zip(_KERNELS, (jax.__version__, jax_triton.__version__, triton.__version__)))
-    if all(_fits(_found[name], versions) for name, versions in _KERNELS.items()):
-        from triton.experimental import gluon
-        from triton.experimental.gluon import language as gl
-        from triton.experimental.gluon.language.nvidia import hopper
-
-        if _fits(_found["jax"], ">=0.12") and _found["jax-triton"] == "0.4.1":
-            # jax 0.12 hands a rule for dead code three arguments, jax-triton 0.4.1's takes two.
-            partial_eval.dce_rules[jax_triton.triton_lib.triton_kernel_call_p] = (
-                lambda used, live, eqn: ([True] * len(eqn.invars), eqn)
-            )
-    else:
-        triton = None
-        _unfit = "found " + ", ".join(f"{name} {version}" for name, version in _found.items())
+    if not (isinstance(error, ModuleNotFoundError) and error.name in ("jax_triton", "triton")):
+        _unfit = f"{type(error).__name__}: {error}"
 _SLOW = "lightning_attn: GPUs take the plain-JAX path, which is many times slower, because "
 if _unfit:
     warnings.warn(f"{_SLOW}the kernels cannot run: {_unfit}. {_NEEDS}")
 _HAS_HOPPER = triton is not None and hasattr(hopper.tma, "async_load")  # Triton 3.7 lacks it
+if triton and _fits(_found["jax"], ">=0.12") and _found["jax-triton"] == "0.4.1":
+    # jax 0.12 hands a rule for dead code three arguments, jax-triton 0.4.1's takes two.
+    partial_eval.dce_rules[jax_triton.triton_lib.triton_kernel_call_p] = lambda used, live, eqn: (
+        [True] * len(eqn.invars),
+        eqn,
+    )
 
 __all__ = ["lightning_attn", "lightning_attn_reference", "lightning_g_gamma"]
 
@@ -155,13 +136,17 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _promotes(f: _F) -> _F:
-    """`f`, in which ranks and dtypes are promoted whatever jax_numpy_rank_promotion and
-    jax_numpy_dtype_promotion ask of the caller's code. JAX calls back the rules of a transformation
-    when the caller's settings hold again, so each rule that promotes is marked as well."""
+    """`f`, in which ranks, dtypes and varying axes are promoted, whatever jax_numpy_rank_promotion,
+    jax_numpy_dtype_promotion and jax_auto_pcast ask of the caller's code. JAX calls back the rules
+    of a transformation when the caller's settings hold again, so each rule is marked as well."""
 
     @functools.wraps(f)
     def promotes(*args, **kwargs):
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        with (
+            jax.numpy_rank_promotion("allow"),
+            jax.numpy_dtype_promotion("standard"),
+            jax.auto_pcast(True),
+        ):
             return f(*args, **kwargs)
 
     return cast(_F, promotes)
@@ -186,23 +171,27 @@ def lightning_attn(
     backend: Literal["triton", "xla"] | None = None,
     seq_axis: str | tuple[str, ...] | None = None,
     output_final_state: bool = True,
-) -> tuple[jax.Array, jax.Array | Any]:  # Any: None where that is False
+) -> tuple[jax.Array, jax.Array | Any]:  # Any: None if that is False
     """Lightning attention: o_t = scale q_t S_t, where S_t = e^g S_{t-1} + k_t v_t^T.
 
     See arXiv:2307.14995, arXiv:2401.04658 and arXiv:2501.08313. Works under jit, grad (to any
     order), vmap, scan, remat, export and sharding. Differentiable with respect to `query`, `key`,
-    `value`, `initial_state` and `g_gamma`; both results may carry gradients. Derivatives are
-    reverse mode only: `jax.jvp` and `jax.jacfwd` raise.
+    `value`, `softmax_scale`, `initial_state` and `g_gamma`; both results may carry gradients.
+    Derivatives are reverse mode only: `jax.jvp` and `jax.jacfwd` raise.
 
     `jax.export` of symbolic shapes takes backend="xla". The batch, `seq_len` and the number of
     boundaries may be symbolic. A symbolic `seq_len` must be known to be 64 or more, and symbolic
     boundaries 2 or more. A jit over sharded arrays cannot be exported, because JAX cannot serialize
     its partitioning: export a `jax.shard_map` instead.
 
+    There is no `mask` and no `segment_ids`: `cu_seqlens` separates sequences and padding. There is
+    no `causal`: every token reads the tokens up to itself, or from itself on with `reverse`. Other
+    libraries' `scale` is `softmax_scale`.
+
     Args:
       query: [batch, seq_len, num_heads, qk_head_dim], float32, bfloat16 or float16 (in x64 mode
-        also float64, which takes plain JAX everywhere). Head dims are 1 to 512, `seq_len` is 0 to
-        2**30.
+        also float64, which takes plain JAX everywhere, even with backend="triton"). Head dims are 1
+        to 512, `seq_len` is 0 to 2**30.
       key: [batch, seq_len, num_kv_heads, qk_head_dim], in the dtype of `query`. `num_kv_heads`
         divides `num_heads`; query head h reads key and value head
         h // (num_heads / num_kv_heads).
@@ -210,13 +199,14 @@ def lightning_attn(
       layer_idx, num_layers: integers, possibly traced: the layer, counted from 0, and the number of
         layers. Head h gets the log decay g = -(8 / num_heads) (1 - layer_idx / num_layers) h. Leave
         both out to give `g_gamma` instead. Values that are traced, or on a device while something
-        is traced, cannot be checked: no head forgets in a layer from `num_layers` on. Inside a
-        `jax.shard_map` that splits the heads, the formula would number each device's heads from 0,
-        which is wrong and cannot be seen from inside: there, give each device its part of
+        is traced, cannot be checked: with layer_idx >= num_layers every decay is clipped to 0.
+        Inside a `jax.shard_map` that splits the heads, the formula would number each device's heads
+        from 0, which is wrong and cannot be seen from inside. There, give each device its part of
         `lightning_g_gamma(num_heads of all devices, ...)` as `g_gamma`.
       softmax_scale: scale of the outputs, 0 or a normal number of float32; None means
         qk_head_dim ** -0.5. A number is a constant of the compiled program: another number compiles
-        another program. A traced scale multiplies `query`, in its dtype, and is not checked.
+        another program. A traced scale is not checked. It multiplies `query`, whose dtype the
+        product is rounded to.
       initial_state: [n, num_heads, qk_head_dim, v_head_dim], floating: the states that the
         sequences start from. n is the batch or the number of packed sequences. None means zeros.
       reverse: a static bool. True runs from the last token to the first: `initial_state` enters at
@@ -224,14 +214,15 @@ def lightning_attn(
       cu_seqlens: [num_seqs + 1] integers, concrete or traced: boundaries, from 0 up, of sequences
         that are packed in a batch of 1. Equal neighbours are an empty sequence. Tokens past the
         last boundary belong to no sequence: their outputs and gradients are 0, whatever they hold.
-        A traced `cu_seqlens` cannot be checked. A sequence that runs backwards or outside of the
-        tokens then counts as empty. So does a sequence that starts before the largest end of the
-        others before it.
+        A traced `cu_seqlens` cannot be checked: lengths instead of boundaries pass in silence. A
+        sequence that runs backwards or outside of the tokens then counts as empty. So does a
+        sequence that starts before the first boundary or before the largest end of earlier
+        sequences. Traced boundaries may start after 0: tokens before them belong to no sequence.
       g_gamma: [num_heads], log decay per token in nats, <= 0, possibly traced. Values above 0 raise
-        where they are at hand. Elsewhere they count as 0, and their gradient is 0.
+        if they are concrete. Otherwise they count as 0, and their gradient is 0.
       backend: None picks when the computation is lowered: Triton for cuda and rocm, plain JAX for
-        everything else. "triton" and "xla" force one of the two. float64 and GPUs older than sm_80
-        always take plain JAX.
+        everything else. "triton" and "xla" force one of the two. On GPUs older than sm_80 None
+        takes plain JAX, and "triton" raises.
       seq_axis: name of a `jax.shard_map` mesh axis, or a tuple of names, over which `seq_len` is
         split evenly, in order: one sequence on many devices. Only states cross it, never tokens.
         `initial_state` and `final_state` are those of the whole sequence.
@@ -246,38 +237,44 @@ def lightning_attn(
 
     Accuracy: states, decays and sums are float32. float32 inputs follow
     `jax.default_matmul_precision`: TF32 by default on GPUs, float32 for "high" and "highest".
-    Gradients have the dtype of their argument. The gradient of `g_gamma` is float32 throughout. The
-    error of each head's gradient is at most 2e-3 for float32 at "highest", and 1e-2 for 16 bits and
-    TF32, relative to the gradient or, where the gradient's terms cancel, to the root of the sum of
-    their squares. The gradient of `g_gamma` takes one more scan, in plain JAX on any backend. Under
-    jit that scan does not run where nobody differentiates `g_gamma`. With float16 inputs, states
-    and scaled scores, q_i.k_j times `softmax_scale`, round to float16 where they are multiplied,
-    and overflow there past 65504.
+    Gradients have the dtype of their argument; float16 gradients of an `initial_state` round to 0
+    below g = -12 or so. The gradient of `g_gamma` is float32 throughout. The error of each head's
+    gradient is at most 2e-3 for float32 at "highest", and 1e-2 for 16 bits and TF32, relative to
+    the gradient or, if the gradient's terms cancel, to the root of the sum of their squares. The
+    gradient of `g_gamma` takes one more scan, in plain JAX on any backend. Under jit that scan does
+    not run unless somebody differentiates `g_gamma`. With float16 inputs, states and scaled scores,
+    q_i.k_j times `softmax_scale`, round to float16 before they are multiplied, and overflow there
+    past 65504.
+
+    An eager call reads `g_gamma`, `cu_seqlens` and other small arguments, to check them, and so
+    waits for the device. A jit does not.
 
     Raises:
       TypeError, ValueError: before anything runs. The message names the argument, what was expected
         and what came.
     """
-    q, k, v = _operands(query, key, value)
+    q, k, v = _qkv(query, key, value)
     g = _log_decays(q, layer_idx, num_layers, g_gamma)
     q, scale = _scaled(q, softmax_scale)
-    cu = _boundaries(cu_seqlens, q)
-    s0 = _initial_state(initial_state, q, v, cu)
+    cu_seqlens = _boundaries(cu_seqlens, q)
+    s0 = _initial_state(initial_state, q, v, cu_seqlens)
     _static("reverse", reverse)
     _static("output_final_state", output_final_state)
-    backend = _backend(backend, q, cu)
-    axes = _axes(seq_axis, cu)
+    backend = _backend(backend, q, cu_seqlens)
+    axes = _seq_axes(seq_axis, cu_seqlens)
     precision = jax.config.jax_default_matmul_precision
-    final_state = bool(output_final_state)
-    op = _Op(scale, bool(reverse), False, backend, precision, final_state=final_state)
-    s0 = None if s0 is None else s0[:, None] if cu is None else s0[None]
-    g, cu = g[None], None if cu is None else cu[None]
+    op = _Op(scale, bool(reverse), backend, precision, final_state=bool(output_final_state))
+    if s0 is not None:
+        s0 = s0[:, None] if cu_seqlens is None else s0[None]
+    x = _Operands(q, k, v, g[None], s0, None if cu_seqlens is None else cu_seqlens[None])
     if axes is None:
-        o, s = _attend(op, *_vary((q, k, v, g, s0, cu), q, k, v, g, s0, cu))
+        o, s, _ = _attend(op, _pcast(x, _varying(x)))
     else:
-        q, k, v = _vary((q, k, v), q, k, v)
-        o, s = _attend_across(op, axes, q, k, v, g, _vary(s0, q, but=axes))
-    return o, None if s is None else s[:, 0] if cu is None else s[0]
+        own = _varying(q, k, v)
+        qkv = _pcast((q, k, v), own | set(axes))
+        o, s = _attend_across(op, axes, _Operands(*qkv, x.g, _pcast(s0, own - set(axes))))
+    # not s[0]: the transpose of an index forgets an Explicit mesh axis of size 1
+    return o, None if s is None else s.reshape(-1, *s.shape[2:])
 
 
 @_promotes
@@ -296,33 +293,33 @@ def lightning_attn_reference(
 ) -> tuple[jax.Array, jax.Array]:
     """The recurrence, one token at a time, in plain JAX.
 
-    Arguments and results are those of `lightning_attn`, less the last three."""
-    q, k, v = _operands(query, key, value)
+    Arguments and results are those of `lightning_attn`, except for backend, seq_axis and
+    output_final_state."""
+    q, k, v = _qkv(query, key, value)
     g = _log_decays(q, layer_idx, num_layers, g_gamma)
     q, scale = _scaled(q, softmax_scale)
-    cu = _boundaries(cu_seqlens, q)
-    s = _initial_state(initial_state, q, v, cu)
+    cu_seqlens = _boundaries(cu_seqlens, q)
+    s = _initial_state(initial_state, q, v, cu_seqlens)
     _static("reverse", reverse)
     (B, T, H, K), V, dtype = q.shape, v.shape[3], g.dtype
-    n = B if cu is None else cu.shape[0] - 1
+    n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     s = jnp.zeros((n, H, K, V), dtype) if s is None else s
-    k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
     token = jnp.arange(T)
     member = jnp.ones((T, B), bool)  # [T, n]
-    if cu is not None:
-        bounds, is_sequence = _intervals(T, cu)
+    if cu_seqlens is not None:
+        bounds, is_sequence = _intervals(T, cu_seqlens)
         start, end = bounds[1:-2], bounds[2:-1]
         member = is_sequence[1:-1] & (start <= token[:, None]) & (token[:, None] < end)
 
     def step(s, x):
         q, k, v, member = x  # [B, H, K], [B, H, K], [B, H, V], [n]
-        q, k, v = (y.astype(dtype) for y in (q, k, v))
+        q, k, v = (jnp.repeat(y.astype(dtype), H // y.shape[1], axis=1) for y in (q, k, v))
         member = member[:, None, None]
         entered = jnp.exp(g)[:, None, None] * s + k[..., None] * v[..., None, :]
         s = jnp.where(member[..., None], entered, s)
         q = jnp.broadcast_to(q, (n, H, K))
         o = scale * jnp.einsum("bhk,bhkv->bhv", q, s, precision="highest")
-        return s, o if cu is None else jnp.where(member, o, 0).sum(0, keepdims=True)
+        return s, o if cu_seqlens is None else jnp.where(member, o, 0).sum(0, keepdims=True)
 
     by_token = (jnp.moveaxis(x, 1, 0) for x in (q, k, v))
     s, o = lax.scan(step, s, (*by_token, member), reverse=reverse)
@@ -352,154 +349,274 @@ def lightning_g_gamma(
     return (1 - layer_idx / num_layers) * jnp.asarray(slopes, dtype)
 
 
+# Packed batches: where sequences begin and end ----------------------------------------------------
+
+
+class _WorkItem(NamedTuple):
+    """Consecutive tokens of one interval: a chunk, a segment or a split. Kernels read 7 int32."""
+
+    first: Any  # token
+    tokens: Any  # number of tokens; -1: no work
+    valid: Any  # number of tokens that belong to a sequence: all or none
+    sequence: Any  # -1: none
+    items_before: Any  # items of the same interval before this item in scan order
+    items_after: Any  # items of the same interval after this item in scan order
+    slot: Any  # of a segment: its index among all segments that have a successor
+
+
+def _intervals(T, cu_seqlens):
+    """Splits T tokens at boundaries [n + 1], which may hold anything, into n + 2 intervals: before
+    the first sequence, each sequence, after the last. Returns bounds [n + 3] that never decrease,
+    and which intervals are sequences. A sequence that runs backwards, outside of the tokens or into
+    an earlier sequence counts as empty, and the tokens of its interval belong to no sequence."""
+    zero, last = jnp.zeros(1, jnp.int32), jnp.full(1, T, jnp.int32)
+    start, end = jnp.concatenate([zero, cu_seqlens]), jnp.concatenate([cu_seqlens, last])
+    fits = (start >= 0) & (start <= end) & (end <= T)
+    ends = lax.cummax(jnp.where(fits, end, 0))
+    latest = jnp.concatenate([zero, ends[:-1]])  # the largest end so far
+    fits &= start >= latest
+    bounds = jnp.concatenate([jnp.where(fits, start, latest), last])
+    i = jnp.arange(start.shape[0])
+    return bounds, fits & (i > 0) & (i < start.shape[0] - 1)
+
+
+def _work_items(T, cu_seqlens, length, reverse=False, splits=0, of_sequences=False):
+    """Work items [R, 7] of `length` tokens each, where R is enough for any boundaries.
+
+    Items are segments, anchored where the scan starts. With `splits`, they are the splits of all
+    segments that have a successor, so many per segment. Each interval has one item or more, which
+    write its outputs and its state, unless the items are `of_sequences`: then only tokens of
+    sequences have items."""
+    if cu_seqlens is None:  # one sequence, and nothing around it
+        bounds, is_sequence = T * jnp.arange(2), jnp.ones(1, bool)
+    else:
+        bounds, is_sequence = _intervals(T, cu_seqlens)
+    tokens, intervals = bounds[1:] - bounds[:-1], is_sequence.shape[0]
+    count = -(-tokens // (length * max(splits, 1)))
+    count = jnp.where(is_sequence, count, 0) if of_sequences else jnp.maximum(count, 1)
+    count = (count - 1) * splits if splits else count
+    R = _count_items(T, intervals, length, splits, of_sequences)
+    ends = jnp.cumsum(count)
+    item = jnp.arange(R)
+    of = jnp.cumsum(jnp.zeros(R, jnp.int32).at[ends].add(1, mode="drop"))  # each item's interval
+    used, of = of < intervals, jnp.minimum(of, intervals - 1)
+    before = item - (ends - count)[of]
+    tokens = jnp.clip(tokens[of] - before * length, 0, length)
+    sequence = of
+    if cu_seqlens is not None:  # interval 1 is sequence 0
+        sequence = jnp.where((of > 0) & (of < intervals - 1), of - 1, -1)
+    columns = _WorkItem(
+        first=bounds[1:][of] - before * length - tokens
+        if reverse
+        else bounds[of] + before * length,
+        tokens=jnp.where(used, tokens, -1),
+        valid=jnp.where(used & is_sequence[of], tokens, 0),
+        sequence=sequence,
+        items_before=before,
+        items_after=count[of] - 1 - before,
+        slot=item - of,
+    )
+    return jnp.stack([x.astype(jnp.int32) for x in columns], -1)
+
+
+def _count_items(T, intervals, length, splits=0, of_sequences=False):
+    """How many `_work_items` T tokens have."""
+    if of_sequences:
+        n = intervals if intervals == 1 else intervals - 2
+        return (T - n) // length + n
+    if splits:
+        return (T - 1) // (length * splits) * splits
+    return -(-T // length) if intervals == 1 else T // length + intervals
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4, 5))  # so that all uses share one trace
+def _batched_work_items(T, cu_seqlens, *static):
+    """`_work_items` of each batch row, [B | 1, R, 7]: one row for a plain batch."""
+    if cu_seqlens is None:
+        return _work_items(T, None, *static)[None]
+    return jax.vmap(lambda cu_seqlens: _work_items(T, cu_seqlens, *static))(cu_seqlens)
+
+
 # What it computes: the scan in plain JAX ----------------------------------------------------------
 #
-# Internally every batch row is a pack of n sequences; a row of a plain batch is a pack of one. The
-# op is a scan over them:
+# Internally each batch row holds n sequences, one after another; n is 1 for a plain batch. The op
+# is a scan over them:
 #
-#     _scan(op, q [B, T, Hq, K], k [B, T, Hk, K], v [B, T, Hv, V], g [B, H],
-#           s0 [B, n, H, K, V] | None, cu [B, n + 1] | None, w [B, T, Hw, V] | None)
-#         -> o [B, T, H, V], s [B, n, H, K, V] | None, y [B, T, H, K] | None
+#     _scan(op, operands) -> o [B, T, H, V], s [B, n, H, K, V] | None, o2 [B, T, H, K] | None
 #
-# An operand may have one row in place of B: then all rows share that row. q, k, v and w may have
+# An operand may have one row instead of B: then all rows share that row. q, k, v and q2 may have
 # fewer heads than the decay: then groups of the decay's heads share each of them.
 #
 # A forward scan decays the state before it adds a token. Its adjoint runs backwards, and decays the
-# state after the token was read (`post`).
+# state after a token has read it.
 #
-# The scan works in chunks of C tokens, which are rows of a table (`_Row`). G groups of N chunks are
-# the steps of a `lax.scan`. A group multiplies for all its chunks at once; only states pass from
-# chunk to chunk. Chunks lie in the order of their tokens: a scan that goes back starts with the
-# last chunk.
+# The scan works in chunks of C tokens. G groups of N chunks are the steps of a `lax.scan`. A group
+# multiplies for all its chunks at once; only states pass from chunk to chunk. Chunks lie in the
+# order of their tokens: a scan that goes back starts with the last chunk.
 
-CHUNK, GROUP = 64, 512  # tokens of a usual chunk, and of a group at most
+CHUNK, GROUP = 64, 512  # tokens per chunk if head dims are at most 64; tokens per group at most
 
 
 @dataclasses.dataclass(frozen=True)
 class _Op:
-    scale: float  # of scores, and of what is read from the state or, if post, of what enters it
+    scale: float  # of scores, and of what queries read of the state or, after_read, of what enters
     reverse: bool
-    post: bool  # decay the state after the token is read, not before it is added
     backend: str | None
-    precision: Any  # jax.default_matmul_precision where the op was called
+    precision: Any  # jax.default_matmul_precision at the call
+    after_read: bool = False  # the state decays after it is read, not before a token is added
     only_state: bool = False  # o is [B, 0, H, V]
     final_state: bool = True  # False: s is None
+    name: str = "forward"  # in profiles
 
     def adjoint(self):
-        return dataclasses.replace(self, reverse=not self.reverse, post=not self.post)
+        return dataclasses.replace(self, reverse=not self.reverse, after_read=not self.after_read)
 
     def scales(self):
-        """The scales of queries that read the state, and of keys that enter it."""
-        return (1.0, self.scale) if self.post else (self.scale, 1.0)
+        """The scales of queries that read the state, and of keys that enter the state."""
+        return (1.0, self.scale) if self.after_read else (self.scale, 1.0)
 
 
-def _scan_xla(op, q, k, v, g, s0, cu, w=None, do=None, ds=None):
-    """The scan, a group of chunks at a time. With w also y, which w reads of the transposed state
-    as q reads o of the state. With do it returns <o, do> + <s, ds> of each row and head instead,
-    [B, H], computed in float32; ds may be None."""
-    B, T, H = _batch(q, k, v, g, s0, cu, w, do), q.shape[1], g.shape[1]
-    K, V, wide, packed = q.shape[3], v.shape[3], g.dtype, cu is not None
-    sequences = cu.shape[1] - 1 if packed else 1
+class _Operands(NamedTuple):
+    """The operands of a scan. All but q, k, v and g may be None. vmap puts more dims in front."""
+
+    q: Any
+    k: Any
+    v: Any
+    g: Any
+    s0: Any = None
+    cu_seqlens: Any = None
+    q2: Any = None
+
+
+# The dims: batch rows, tokens, heads, head dims K and V, sequences, boundaries. Launches, shardings
+# and the sharding rule are made from this table.
+_DIMS = _Operands("b t h k", "b t h k", "b t h v", "b h", "b n h k v", "b m", "b t h v")
+_RESULT_DIMS = "b t h v", "b n h k v", "b t h k"  # o, s, o2
+
+
+def _sizes(x):
+    """B, T, H, K, V and n of operands."""
+    n = 1 if x.cu_seqlens is None else x.cu_seqlens.shape[1] - 1
+    return _batch(x), x.q.shape[1], x.g.shape[1], x.q.shape[3], x.v.shape[3], n
+
+
+def _batch(x):
+    """B of operands, each of which has B rows or one."""
+    return _shared(a.shape[0] for a in jax.tree.leaves(x))
+
+
+def _shared(sizes):
+    """The size other than 1 that the sizes agree on, or 1."""
+    return next((size for size in sizes if size != 1), 1)
+
+
+def _scan_xla(op, x, do=None, ds=None):
+    """The scan, a group of chunks at a time. With do it returns <o, do> + <s, ds> of each row and
+    head instead, [B, H], computed in float32; ds may be None."""
+    B, T, H, K, V, n = _sizes(x)
+    varlen, wide = x.cu_seqlens is not None, x.g.dtype
+    dtype = x.v.dtype if do is None else wide
     # a jvp of large groups takes long to compile
-    C, groups = _groups(T, cu, max(K, V), GROUP if do is None else GROUP // 4)
+    C, groups = _groups(T, n, x.cu_seqlens, max(K, V), GROUP if do is None else GROUP // 4)
     N, i = groups.shape[2], jnp.arange(C)
-    rest = 0 if packed else -T % (N * C)  # tokens to add, so that a batch has whole groups
-    dtype = v.dtype if do is None else wide
     # Products of 16-bit numbers are exact in float32: more passes would change nothing.
     precision = op.precision if dtype == wide else "default"
     # keeps XLA from folding the decays of known g into large constants, which is slower
-    g = lax.optimization_barrier(g)
-    q, k, v, w, do = (
-        x if x is None else jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0)))
-        for x in (q, k, v, w, do)
+    g = lax.optimization_barrier(x.g)
+    rest = 0 if varlen else -T % (N * C)  # tokens to add, so that a plain batch has whole groups
+    q, k, v, q2, do = (
+        a if a is None else jnp.pad(a, ((0, 0), (0, rest), (0, 0), (0, 0)))
+        for a in (x.q, x.k, x.v, x.q2, do)
     )
 
-    def dot(indices, x, y):  # rounds what it multiplies, as the kernels do
-        x, y = x.astype(dtype), y.astype(dtype)
-        return jnp.einsum(indices, x, y, precision=precision, preferred_element_type=wide)
+    def dot(indices, a, b):  # rounds what it multiplies, as the kernels do
+        a, b = a.astype(dtype), b.astype(dtype)
+        return jnp.einsum(indices, a, b, precision=precision, preferred_element_type=wide)
 
-    far = (i[:, None] - i) * (-1 if op.reverse else 1)  # from key j to query i in scan order
-    D = jnp.where(far >= 0, op.scale * _power(g, far[None, None]), 0)  # [B | 1, H, 1, i, j]
+    distance = (i[:, None] - i) * (-1 if op.reverse else 1)  # from key j to query i in scan order
+    D = jnp.where(
+        distance >= 0, op.scale * _power(g, distance[None, None]), 0
+    )  # [B | 1, H, 1, i, j]
     scale_q, scale_k = op.scales()
 
-    def outputs(q, k, v, eq, S):
+    def outputs(q, k, v, q_decay, S):
         """What queries read of the keys and values of their chunk, and of the state before it."""
         P = dot("bhcik,bhcjk->bhcij", q, k) * D
-        O = dot("bhcij,bhcjv->bhciv", P, v) + scale_q * eq * dot("bhcik,bhckv->bhciv", q, S)
-        return O.astype(dtype)
+        of_state = scale_q * q_decay * dot("bhcik,bhckv->bhciv", q, S)
+        return (dot("bhcij,bhcjv->bhciv", P, v) + of_state).astype(dtype)
 
-    def group(carry, work):
-        S, s, o, y, total = carry
-        row = _Row(*jnp.moveaxis(work, -1, 0))  # [B | 1, N]
-        valid, has_work = jnp.maximum(row.valid, 0), (row.valid > 0)[:, None, :, None, None]
-        inside = i < valid[..., None]
-        tokens = jnp.where(inside, row.first[..., None] + i, T)  # [B | 1, N, C]
+    def group(carry, items):
+        S, s, o, o2, total = carry
+        item = _WorkItem(*jnp.moveaxis(items, -1, 0))  # [B | 1, N]
+        has_work = (item.valid > 0)[:, None, :, None, None]
+        inside = i < item.valid[..., None]
+        tokens = jnp.where(inside, item.first[..., None] + i, T)  # [B | 1, N, C]
 
-        def load(x):
-            """Tokens of x [B | 1, T, Hx, X] in chunks [B, H, N, C, X]: 0 for those outside."""
-            Hx, X = x.shape[2:]
-            if packed:
-                x = jnp.where(inside[..., None, None], _rows_at(x, tokens), 0)
+        def load(a):
+            """Tokens of a [B | 1, T, Ha, D] in chunks [B, H, N, C, D]: 0 for those outside."""
+            Ha, D = a.shape[2:]
+            if varlen:
+                a = jnp.where(inside[..., None, None], _rows_at(a, tokens), 0)
             else:
-                x = lax.dynamic_slice_in_dim(x, row.first[0, 0], N * C, 1).reshape(-1, N, C, Hx, X)
-            x = jnp.repeat(jnp.moveaxis(x, 3, 1), H // Hx, axis=1)
-            return jnp.broadcast_to(x, (B, H, N, C, X))
+                a = lax.dynamic_slice_in_dim(a, item.first[0, 0], N * C, 1)
+            a = jnp.moveaxis(a.reshape(-1, N, C, Ha, D), 3, 1).astype(dtype)
+            return jnp.broadcast_to(jnp.repeat(a, H // Ha, axis=1), (B, H, N, C, D))
 
-        def store(x, chunks):
+        def store(a, chunks):
             chunks = jnp.moveaxis(chunks, 1, 3).reshape(B, N * C, H, -1)
-            if packed:
-                return _put_rows(x, tokens.reshape(-1, N * C), chunks)
-            return lax.dynamic_update_slice_in_dim(x, chunks, row.first[0, 0], 1)
+            if varlen:
+                return _put_rows(a, tokens.reshape(-1, N * C), chunks)
+            return lax.dynamic_update_slice_in_dim(a, chunks, item.first[0, 0], 1)
 
-        def states_of_sequences(x):
-            """The states of x [B | 1, n, H, K, V] for the sequences of the chunks."""
-            x = _rows_at(x, jnp.maximum(row.sequence, 0)) if packed else x
-            return jnp.where(has_work, jnp.moveaxis(x, 2, 1), 0)
+        def states_of_sequences(a):
+            """The states of a [B | 1, n, H, K, V] for the sequences of the chunks."""
+            a = _rows_at(a, jnp.maximum(item.sequence, 0)) if varlen else a
+            return jnp.where(has_work, jnp.moveaxis(a, 2, 1), 0)
 
-        qs, ks, vs, ws, dos = (x if x is None else load(x) for x in (q, k, v, w, do))
-        eq, ek, eS = _decays(op, g, valid, C)
-        Z = dot("bhcjk,bhcjv->bhckv", ks * (scale_k * ek), vs)
-        entering = jnp.zeros((1, 1, N, 1, 1), wide) if s0 is None else states_of_sequences(s0)
-        before, after = _pass_states(op, row, eS, Z, entering, S)
-        S = after[:, :, 0 if op.reverse else N - 1]
-        ends = (row.valid > 0) & ((row.before if op.reverse else row.after) == 0)
+        qs, ks, vs, q2s, dos = (a if a is None else load(a) for a in (q, k, v, q2, do))
+        q_decay, k_decay, s_decay = _decays(op, g, item.valid, C)
+        Z = dot("bhcjk,bhcjv->bhckv", ks * (scale_k * k_decay), vs)
+        entering = jnp.zeros((1, 1, N, 1, 1), wide) if x.s0 is None else states_of_sequences(x.s0)
+        S_in, S_out = _pass_states(op, item, s_decay, Z, entering, S)
+        S = S_out[:, :, 0 if op.reverse else N - 1]
+        left = item.items_before if op.reverse else item.items_after
+        ends = (item.valid > 0) & (left == 0)
         if do is not None:
             # without the barrier XLA on CPUs (jax 0.12.0.1) adds memory that nothing has written
-            os, after = lax.optimization_barrier((outputs(qs, ks, vs, eq, before), after))
-            total += (os * dos).sum((2, 3, 4))
+            read, S_out = lax.optimization_barrier((outputs(qs, ks, vs, q_decay, S_in), S_out))
+            total += (read * dos).sum((2, 3, 4))
             if ds is not None:
                 at_end = ends[:, None, :, None, None] * states_of_sequences(ds)
-                total += (at_end * after).sum((2, 3, 4))
+                total += (at_end * S_out).sum((2, 3, 4))
         if s is not None:
-            s = _put_rows(s, jnp.where(ends, row.sequence, sequences), jnp.moveaxis(after, 1, 2))
-        o = o if o is None else store(o, outputs(qs, ks, vs, eq, before))
-        y = y if y is None else store(y, outputs(ws, vs, ks, eq, _transposed(before)))
-        return (S, s, o, y, total), None
+            s = _put_rows(s, jnp.where(ends, item.sequence, n), jnp.moveaxis(S_out, 1, 2))
+        o = o if o is None else store(o, outputs(qs, ks, vs, q_decay, S_in))
+        o2 = o2 if o2 is None else store(o2, outputs(q2s, vs, ks, q_decay, _transposed(S_in)))
+        return (S, s, o, o2, total), None
 
-    def group_or_nothing(carry, work):  # half of a pack's groups may be without work
+    def group_or_nothing(carry, items):  # half of a packed batch's groups may be without work
         unchanged = lambda carry, _: (carry, None)
-        return lax.cond((work[..., 2] > 0).any(), group, unchanged, carry, work)
+        return lax.cond((items[..., 2] > 0).any(), group, unchanged, carry, items)
 
-    S, total, s, o, y = jnp.zeros((B, H, K, V), wide), jnp.zeros((B, H), wide), None, None, None
+    S, total, s, o, o2 = jnp.zeros((B, H, K, V), wide), jnp.zeros((B, H), wide), None, None, None
     if do is None:
         if op.final_state:  # an empty sequence ends with the state that it starts from
-            s = jnp.zeros((), wide) if s0 is None else s0
-            s = jnp.broadcast_to(s, (B, sequences, H, K, V))
+            s = jnp.zeros((), wide) if x.s0 is None else x.s0
+            s = jnp.broadcast_to(s, (B, n, H, K, V))
         o = None if op.only_state else jnp.zeros((B, T + rest, H, V), dtype)
-        y = None if w is None else jnp.zeros((B, T + rest, H, K), dtype)
-    carry = _vary((S, s, o, y, total), q, k, v, g, s0, groups, w, do, ds)
-    step = group_or_nothing if packed else group
-    (_, s, o, y, total), _ = lax.scan(step, carry, groups, reverse=op.reverse)
+        o2 = None if q2 is None else jnp.zeros((B, T + rest, H, K), dtype)
+    carry = _pcast((S, s, o, o2, total), _varying(x, do, ds))
+    step = group_or_nothing if varlen else group
+    (_, s, o, o2, total), _ = lax.scan(step, carry, groups, reverse=op.reverse)
     if do is not None:
         return total
     o = jnp.zeros((B, 0, H, V), dtype) if op.only_state else o[:, :T]
-    return o, s, None if y is None else y[:, :T]
+    return o, s, None if o2 is None else o2[:, :T]
 
 
-def _groups(T, cu, widest, most):
-    """C and the work of all groups, [G, B | 1, N, 7]: rows of a table, and of -1 to fill the last
-    group. `widest` is the larger head dim, `most` the tokens of a group at most."""
-    n = 1 if cu is None else cu.shape[1] - 1
+def _groups(T, n, cu_seqlens, widest, most):
+    """C, and the work items of all groups, [G, B | 1, N, 7], filled up with items without work.
+    `widest` is the larger head dim, and a group has at most `most` tokens."""
     C, per_group = CHUNK, 1  # in an export of symbolic shapes
     if isinstance(T, int) and isinstance(n, int):
         # with C near K and V, a chunk's scores cost as much as its state
@@ -507,41 +624,42 @@ def _groups(T, cu, widest, most):
         # chunks of equal length need least padding
         per_group, C = max(1, most // C), -(-T // -(-T // C))
         # a sequence that is shorter than a chunk wastes the rest of the chunk
-        C = min(C, max(16, _block(T // n)))
-    table = _tables(T, cu, C, False, 0, True)
-    R = table.shape[1]
+        C = min(C, max(16, _next_power_of_2(T // n)))
+    items = _batched_work_items(T, cu_seqlens, C, False, 0, True)
+    R = items.shape[1]
     G = -(-R // per_group)
     N = 1 if per_group == 1 else -(-R // G)
-    table = jnp.pad(table, ((0, 0), (0, G * N - R), (0, 0)), constant_values=-1)
-    return C, jnp.moveaxis(table.reshape(-1, G, N, 7), 1, 0)
+    items = jnp.pad(items, ((0, 0), (0, G * N - R), (0, 0)))
+    return C, jnp.moveaxis(items.reshape(-1, G, N, 7), 1, 0)
 
 
-def _pass_states(op, row, eS, Z, entering, S):
-    """The states [B, H, N, K, V] before and after the chunks of a group, which decay the state by
-    eS and add Z. Sequences that start in the group start from `entering`, the others from S."""
+def _pass_states(op, item, s_decay, Z, entering, S):
+    """The states [B, H, N, K, V] before and after the chunks of a group. Chunks decay the state by
+    s_decay and add Z. Sequences start from `entering`; one that goes on starts from S."""
     N = Z.shape[2]
-    starts = ((row.after if op.reverse else row.before) == 0)[:, None, :, None, None]
+    starts = (item.items_after if op.reverse else item.items_before) == 0
+    starts = starts[:, None, :, None, None]
     before, after = [None] * N, [None] * N
-    # unrolled: a loop would launch a kernel per chunk. Products with 0 would let NaN pass to the
-    # next sequence.
+    # Unrolled: a loop would launch a kernel per chunk. No matrix product, in which a NaN times 0
+    # would reach the next sequence.
     for c in reversed(range(N)) if op.reverse else range(N):
         before[c] = jnp.where(starts[:, :, c], entering[:, :, c], S)
-        after[c] = S = eS[:, :, c] * before[c] + Z[:, :, c]
+        after[c] = S = s_decay[:, :, c] * before[c] + Z[:, :, c]
     return jnp.stack(before, 2), jnp.stack(after, 2)
 
 
 def _decays(op, g, valid, C):
-    """How chunks with so many tokens [B | 1, N] decay what queries read of the state and what keys
-    add to it, [B | 1, H, N, C, 1], and the state itself, [B | 1, H, N, 1, 1]."""
+    """How chunks with `valid` [B | 1, N] tokens each decay what queries read of the state and what
+    keys add to the state, [B | 1, H, N, C, 1], and the state itself, [B | 1, H, N, 1, 1]."""
     i, tokens = jnp.arange(C), valid[..., None]
     rank = tokens - 1 - i if op.reverse else jnp.broadcast_to(i, (*valid.shape, C))
-    exponents = rank + (not op.post), tokens - 1 - rank + op.post, tokens
-    # XLA would put them where they multiply, and take a power for each number there
+    exponents = rank + (not op.after_read), tokens - 1 - rank + op.after_read, tokens
+    # Without the barrier XLA takes a power for each number that the decays multiply.
     return lax.optimization_barrier(tuple(_power(g, x[..., None]) for x in exponents))
 
 
 def _power(g, x):
-    """e^{g x}, or 1 where x < 0: [B | 1, H, N, ., .] of g [B | 1, H] and x [B | 1, N, ., .]."""
+    """e^{g x}, or 1 if x < 0: [B | 1, H, N, ., .] of g [B | 1, H] and x [B | 1, N, ., .]."""
     return jnp.exp(g[:, :, None, None, None] * jnp.maximum(x, 0)[:, None])
 
 
@@ -564,16 +682,6 @@ def _transposed(s):
     return None if s is None else jnp.swapaxes(s, -1, -2)
 
 
-def _batch(*operands):
-    """B of a scan's operands, each of which has B rows or one that all share."""
-    return _shared(x.shape[0] for x in operands if x is not None)
-
-
-def _shared(sizes):
-    """The size other than 1 that the sizes agree on, or 1."""
-    return next((size for size in sizes if size != 1), 1)
-
-
 # Its gradients ------------------------------------------------------------------------------------
 #
 # The scan is linear in q, k, v and s0, so its gradients are scans as well. `back` is the adjoint
@@ -587,80 +695,52 @@ def _shared(sizes):
 #     A_j = e^{g (T-1-j)} ds + scale sum_{i>=j} e^{g (i-j)} q_i^T do_i
 #     dv_j = k_j A_j         dk_j = v_j A_j^T
 #
-# ds is not scaled, so the scale is of what enters the state (`post`). The scans for dk and dv have
-# the same state, transposed, so one dual scan, with w = v, yields both.
+# ds is not scaled, so the scale is of what enters the state. The scans for dk and dv have the same
+# state, transposed, so one fused scan, with q2 = v, yields both.
 #
-# These gradients are scans with gradients of their own, so the rules hold for `post` scans as well.
+# These gradients are scans with gradients of their own: the rules hold for adjoint scans as well.
 
 
-def _attend(op, *operands):
+def _attend(op, x):
     """The scan with its gradients. Outside of shard_map a symbolic zero tells the gradients that a
     result is not used. shard_map does not know symbolic zeros: zeros come instead."""
     inside = jax.sharding.get_abstract_mesh().manual_axes
-    return (_attend_local if inside else _attend_anywhere)(op, *operands)
+    return (_attend_local if inside else _attend_anywhere)(op, x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(op, *operands):
-    q, k, v, *_ = operands
-    specs = list(map(_spec, (q, k, v)))
+def _forward(op, x):
+    specs = list(map(_spec, x[:3]))
     # o and s are split as the first operand that is split: over rows, and over heads by other axes
     rows = next((spec[0] for spec in specs if spec[0] is not None), None)
     taken = set(jax.tree.leaves(rows))
     heads = (spec[2] for spec in specs if not taken & set(jax.tree.leaves(spec[2])))
     out = PartitionSpec(rows, None, next((names for names in heads if names is not None), None))
-    out = out, out if op.final_state else None
-    return _in_auto_mode(lambda *operands: _scan(op, *operands)[:2], operands, out)
+    out = out, out if op.final_state else None, None if x.q2 is None else out
+    return _in_auto_mode(functools.partial(_scan, op), (x,), out)
 
 
-def _attend_fwd(op, *operands):
-    """The last saved value says whether the gradient of g is wanted, which costs one more scan: ()
-    for yes, None for no. A jit sees trees that differ, so the answer is static."""
-    wanted = () if operands[3].perturbed else None
-    operands = custom_vjp_primal_tree_values(operands)
-    return _attend(op, *operands), (*operands, wanted)
+def _attend_fwd(op, x):
+    """The last saved value says whether the gradient of g is wanted, which costs one more scan. The
+    flag is an empty pytree, () or None, so that it stays static under jit."""
+    wanted = () if x.g.perturbed else None
+    x = custom_vjp_primal_tree_values(x)
+    return _attend(op, x), (x, wanted)
 
 
-def _attend_local_fwd(op, *operands):
-    return _attend(op, *operands), (*operands, ())
-
-
-def _attend_bwd(op, saved, cotangents):
-    return _gradients(op, saved, *(None if isinstance(x, SymbolicZero) else x for x in cotangents))
+def _attend_local_fwd(op, x):
+    return _attend(op, x), (x, ())
 
 
 @_promotes
-@functools.partial(jax.jit, static_argnums=0)
-def _gradients(op, saved, do, ds):
-    q, k, v, g, s0, _, wants_dg = saved
-    specs = *map(_spec, (q, k, v, g if wants_dg is not None else None, s0)), None
-    return _in_auto_mode(functools.partial(_gradients_by_scans, op), (saved, do, ds), specs)
-
-
-def _gradients_by_scans(op, saved, do, ds):
-    q, k, v, g, s0, cu, wants_dg = saved
-    if do is None or op.only_state:
-        do = jnp.zeros((*q.shape[:2], g.shape[1], v.shape[3]), v.dtype)
-    op = dataclasses.replace(op, only_state=False, final_state=False)
-    back = dataclasses.replace(op.adjoint(), final_state=s0 is not None)
-    dq, _ = _attend(op, do, v, k, g, _transposed(s0), cu)
-    dv, ds0, dk = _attend_dual(back, k, q, do, g, ds, cu, v)
-    dg = None
-    if wants_dg is not None:
-        dg = _decay_gradient(op, q, k, v, g, s0, cu, do, ds)
-        dg = dg if g.shape[0] > 1 else dg.sum(0, keepdims=True)
-    dq, dk, dv = (_to_heads(dx, x.shape[2], x.dtype) for dx, x in ((dq, q), (dk, k), (dv, v)))
-    return dq, dk, dv, dg, ds0, None
-
-
-def _to_heads(dx, heads, dtype):
-    """The gradient [B, T, H, ...] of an operand, summed over the query heads that read each of its
-    `heads`."""
-    B, T, H, columns = dx.shape
-    if heads == H:
-        return dx
-    dx = dx.reshape(B, T, heads, H // heads, columns)
-    return dx.sum(3, dtype=jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+def _attend_bwd(op, saved, cotangents):
+    x, wants_dg = saved
+    if x.q2 is None:
+        do, ds = (None if isinstance(c, SymbolicZero) else c for c in cotangents[:2])
+        return (_gradients(op, x, wants_dg, do, ds),)
+    # only second derivatives differentiate a fused scan: two scans have gradients
+    zeros = lambda c: jnp.zeros(c.shape, c.dtype) if isinstance(c, SymbolicZero) else c
+    return jax.vjp(functools.partial(_two_scans, op), x)[1](jax.tree.map(zeros, cotangents))
 
 
 _attend_anywhere, _attend_local = (jax.custom_vjp(_forward, nondiff_argnums=(0,)) for _ in range(2))
@@ -668,152 +748,85 @@ _attend_anywhere.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 _attend_local.defvjp(_attend_local_fwd, _attend_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_dual(op, q, k, v, g, s0, cu, w):
-    """The scan, plus what w reads from the transposed states."""
-    return _scan(op, q, k, v, g, s0, cu, w)
+def _two_scans(op, x):
+    """A fused scan as two."""
+    other = x._replace(q=x.q2, k=x.v, v=x.k, s0=_transposed(x.s0), q2=None)
+    o2, *_ = _attend(dataclasses.replace(op, final_state=False), other)
+    o, s, _ = _attend(op, x._replace(q2=None))
+    return o, s, o2
 
 
-def _dual_as_two(op, q, k, v, g, s0, cu, w):
-    """`_attend_dual` as two scans, which have gradients: only second derivatives take it."""
-    stateless = dataclasses.replace(op, final_state=False)
-    y, _ = _attend(stateless, w, v, k, g, _transposed(s0), cu)
-    return *_attend(op, q, k, v, g, s0, cu), y
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(op, x, wants_dg, do, ds):
+    """The cotangents of the operands, for those of o and s, of which each may be None."""
+    specs = jax.tree.map(_spec, x._replace(cu_seqlens=None))
+    specs = specs if wants_dg is not None else specs._replace(g=None)
+    return _in_auto_mode(functools.partial(_gradients_by_scans, op), (x, wants_dg, do, ds), specs)
 
 
-def _attend_dual_fwd(op, *operands):
-    return _attend_dual(op, *operands), operands
+def _gradients_by_scans(op, x, wants_dg, do, ds):
+    if do is None or op.only_state:
+        do = jnp.zeros((*x.q.shape[:2], x.g.shape[1], x.v.shape[3]), x.v.dtype)
+    op = dataclasses.replace(op, only_state=False, final_state=False, name="dq")
+    back = dataclasses.replace(op.adjoint(), final_state=x.s0 is not None, name="dk_dv")
+    dq, *_ = _attend(op, x._replace(q=do, k=x.v, v=x.k, s0=_transposed(x.s0)))
+    dv, ds0, dk = _attend(back, x._replace(q=x.k, k=x.q, v=do, s0=ds, q2=x.v))
+    dq, dk, dv = map(_to_heads, (dq, dk, dv), x[:3])
+    dg = None
+    if wants_dg is not None:
+        dg = _decay_gradient(op, x, do, ds)
+        dg = dg if x.g.shape[0] > 1 else dg.sum(0, keepdims=True)
+    return _Operands(dq, dk, dv, dg, ds0)
 
 
-def _attend_dual_bwd(op, operands, cotangents):
-    return jax.vjp(functools.partial(_dual_as_two, op), *operands)[1](cotangents)
+def _to_heads(dx, x):
+    """The gradient [B, T, H, ...] of x, summed over the query heads that read each head of x."""
+    (B, T, H, columns), heads = dx.shape, x.shape[2]
+    if heads == H:
+        return dx
+    dx = dx.reshape(B, T, heads, H // heads, columns)
+    return dx.sum(3, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
 
 
-_attend_dual.defvjp(_attend_dual_fwd, _attend_dual_bwd)
-
-
-def _decay_gradient(op, q, k, v, g, s0, cu, do, ds):
+def _decay_gradient(op, x, do, ds):
     """The gradient of g for cotangents do and ds (or None), [B, H], in forward mode. No head reads
     another's decay, so one derivative in the direction of all decays has that of each head. Reverse
-    mode would sum t (q_t.dq_t - k_t.dk_t) over tokens t, which cancels to noise where a head
+    mode would sum t (q_t.dq_t - k_t.dk_t) over tokens t, which cancels to noise if a head
     forgets."""
-    if not (q.size and v.size):  # states end as they start
-        zeros = jnp.zeros((_batch(q, k, v, g, s0, cu, do), g.shape[1]), g.dtype)
-        return _vary(zeros, q, k, v, g, s0, do, ds)
-    f = lambda g: _scan_xla(op, q, k, v, g, s0, cu, do=do, ds=ds)
-    return jax.jvp(f, (g,), (jnp.ones_like(g),))[1]
-
-
-# Packs: where sequences begin and end -------------------------------------------------------------
-
-
-class _Row(NamedTuple):
-    """A row of work: the tokens of a chunk, a segment or a piece. Kernels read it as 7 int32."""
-
-    first: Any  # token
-    tokens: Any  # how many; -1 in rows without work
-    valid: Any  # those that belong to a sequence: all or none
-    sequence: Any  # -1: none
-    before: Any  # rows of the same interval before this row in scan order
-    after: Any  # rows of the same interval after this row in scan order
-    slot: Any  # of a segment: how many of the rows above are followed in their interval
-
-
-def _intervals(T, cu):
-    """Splits T tokens at boundaries cu [n + 1], which may hold anything, into n + 2 intervals:
-    before the first sequence, each sequence, after the last. Returns bounds [n + 3] that never
-    decrease, and which intervals are sequences. A sequence that runs backwards, outside of the
-    tokens or into an earlier one counts as empty, and the tokens of its interval belong to no
-    sequence."""
-    zero, last = jnp.zeros(1, jnp.int32), jnp.full(1, T, jnp.int32)
-    start, end = jnp.concatenate([zero, cu]), jnp.concatenate([cu, last])
-    fits = (start >= 0) & (start <= end) & (end <= T)
-    ends = lax.cummax(jnp.where(fits, end, 0))
-    latest = jnp.concatenate([zero, ends[:-1]])  # the largest end so far
-    fits &= start >= latest
-    bounds = jnp.concatenate([jnp.where(fits, start, latest), last])
-    i = jnp.arange(start.shape[0])
-    return bounds, fits & (i > 0) & (i < start.shape[0] - 1)
-
-
-def _table(T, cu, L, reverse, pieces=0, of_sequences=False):
-    """Rows of work, [R, 7], where R is enough for any cu. Rows are segments of L tokens, anchored
-    where the scan starts. With `pieces`, rows are pieces of L tokens: `pieces` of them for each
-    segment that another segment follows. `of_sequences`: only tokens of sequences have rows. Else
-    every interval has one or more, which write its outputs and its state."""
-    if cu is None:  # one sequence, and nothing around it
-        bounds, is_sequence = T * jnp.arange(2), jnp.ones(1, bool)
-    else:
-        bounds, is_sequence = _intervals(T, cu)
-    length, intervals = bounds[1:] - bounds[:-1], is_sequence.shape[0]
-    rows = -(-length // (L * max(pieces, 1)))
-    rows = jnp.where(is_sequence, rows, 0) if of_sequences else jnp.maximum(rows, 1)
-    rows = (rows - 1) * pieces if pieces else rows
-    R = _row_count(T, intervals, L, pieces, of_sequences)
-    ends = jnp.cumsum(rows)
-    row = jnp.arange(R)
-    of = jnp.cumsum(jnp.zeros(R, jnp.int32).at[ends].add(1, mode="drop"))  # each row's interval
-    used, of = of < intervals, jnp.minimum(of, intervals - 1)
-    before = row - (ends - rows)[of]
-    tokens = jnp.clip(length[of] - before * L, 0, L)
-    sequence = of
-    if cu is not None:  # interval 1 is sequence 0
-        sequence = jnp.where((of > 0) & (of < intervals - 1), of - 1, -1)
-    columns = _Row(
-        first=bounds[1:][of] - before * L - tokens if reverse else bounds[of] + before * L,
-        tokens=jnp.where(used, tokens, -1),
-        valid=jnp.where(is_sequence[of], tokens, 0),
-        sequence=sequence,
-        before=before,
-        after=rows[of] - 1 - before,
-        slot=row - of,
-    )
-    return jnp.stack([x.astype(jnp.int32) for x in columns], -1)
-
-
-def _row_count(T, intervals, L, pieces=0, of_sequences=False):
-    """How many rows a `_table` of T tokens in so many intervals has."""
-    if of_sequences:
-        n = intervals if intervals == 1 else intervals - 2
-        return (T - n) // L + n
-    if pieces:
-        return (T - 1) // (L * pieces) * pieces
-    return -(-T // L) if intervals == 1 else T // L + intervals
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4, 5))  # so that all uses share one trace
-def _tables(T, cu, L, reverse, pieces=0, of_sequences=False):
-    """`_table` for each row of cu [B | 1, n + 1]: [B | 1, R, 7]; for a plain batch, of one row."""
-    if cu is None:
-        return _table(T, None, L, reverse, pieces, of_sequences)[None]
-    return jax.vmap(lambda cu: _table(T, cu, L, reverse, pieces, of_sequences))(cu)
+    if not (x.q.size and x.v.size):  # without tokens the final state is the initial state
+        return _pcast(jnp.zeros((_batch(x), x.g.shape[1]), x.g.dtype), _varying(x, do, ds))
+    with jax.named_scope("lightning_attn_dg"):
+        f = lambda g: _scan_xla(op, x._replace(g=g), do, ds)
+        return jax.jvp(f, (x.g,), (jnp.ones_like(x.g),))[1]
 
 
 # How it is fast: the kernels ----------------------------------------------------------------------
 #
-# Nothing above this line needs a GPU.
+# Nothing above this line needs a GPU. The steps and their names are those of Mamba-2's SSD: chunk
+# state, state passing, chunk scan.
 #
-# A scan is one launch where batch rows are short, or where batch rows and heads fill the GPU.
-# Otherwise `_cut` cuts batch rows in segments, so that one head keeps many processors busy. Then
-# the scan takes three launches:
+# A scan is one launch if batch rows are short, or if batch rows and heads fill the GPU. Otherwise
+# `_plan_segments` cuts batch rows into segments, so that each head keeps many SMs busy, and
+# segments into splits. The scan then takes three launches:
 #
-#     _states_kernel   sums what each piece of a segment adds to the state: [B, pieces, H, V, K]
-#     _link_kernel     overwrites the last piece of each segment with the state that the next
-#                      segment starts from. What is left of s0 is not in this state
-#     _scan_kernel     scans all segments at once, each from its linked state plus the decayed s0;
-#                      _hopper_kernel does so for 16 bits on Hopper
+#     _chunk_state_kernel     sums what each split adds to the state: [B, splits, H, V, K]
+#     _state_passing_kernel   overwrites the last split of each segment with the state that the next
+#                             segment starts from, without the initial state's share
+#     _chunk_scan_kernel      scans all segments in parallel, each from that state plus the decayed
+#                             initial state. For 16 bits on Hopper, _hopper_kernel does the same
 #
-# A decode step, the scan of one token, is a launch of _step_kernel. A scan that only wants the
-# state is a launch of _states_kernel.
+# A decode step, the scan of one token per batch row, is one launch of _step_kernel. A scan whose
+# outputs are not needed (`only_state`) is one launch of _chunk_state_kernel.
 #
-# Kernels, save for _step_kernel, hold the state transposed, S^T [V, K]. S^T is then the left
+# All kernels except _step_kernel hold the state transposed, S^T [V, K]. S^T is then the left
 # operand of o^T = S^T q^T as it lies in registers, without a copy through shared memory.
 #
-# Values above 128 columns are split over programs. Keys above 128 columns are scanned in parts, one
-# after another: the scan is linear in the keys, and each part adds to the outputs. A program
-# rereads only outputs that its own threads wrote, so no launch depends on what XLA does with the
-# memory between launches. An array that a launch may change in place (`_launch`) is passed twice,
-# as an input and as an output: a kernel works whether XLA gives it one array or two.
+# Programs share the columns of values above 128. A program scans the columns of keys above 128 in
+# blocks of BK, one after another: the scan is linear in the keys, and each K block adds to the
+# outputs. A program rereads only outputs that its own threads wrote. So no launch depends on what
+# XLA does with the memory between launches. An array that a launch may change in place (`_launch`)
+# is passed twice, as an input and as an output: a kernel works whether XLA gives it one array or
+# two.
 
 if triton:
     _kernel, _gluon = triton.jit, gluon.jit
@@ -825,196 +838,179 @@ LOG2_E = _constant(1.4426950408889634)  # kernels take powers of 2
 VANISHED = _constant(-150.0)  # 2 to this power is 0 in float32
 
 
-class _Way(enum.IntFlag):
-    """How a kernel scans. Kernels read the bits when they run, so one binary serves every scan.
-    They share a number, because four would take registers that the Hopper kernel lacks."""
+class _Flags(enum.IntFlag):
+    """How a kernel scans. Kernels read the bits at run time, so one binary serves every scan. The
+    bits share a number, because four numbers would take registers that the Hopper kernel lacks."""
 
     REVERSE = 1
-    POST = 2  # see `_Op`
-    SWAPPED = 4  # linked states were summed with k and v exchanged: they lie as [K, V]
+    DECAY_AFTER_READ = 2  # see `_Op`
+    SWAPPED = 4  # s_in was summed with k and v exchanged: its states are [K, V]
     FINAL_STATE = 8  # the final state is wanted
 
 
 class _Params(NamedTuple):
-    """The numbers that a launch gives its kernel, which reads those that it needs.
+    """The numbers that a launch gives its kernel. Each kernel reads the numbers that it needs.
 
     They are one argument, because jax-triton compiles another binary for an argument that is 1,
-    but not for a number in a tuple. It takes plain tuples only.
+    but not for a number in a tuple. jax-triton takes plain tuples only.
     """
 
     scale: Any
-    way: Any  # bits of `_Way`
-    T: Any  # tokens of a batch row
-    H: Any  # heads of decays and outputs, which those of the operands divide
+    flags: Any  # bits of `_Flags`
+    T: Any  # tokens per batch row
+    H: Any  # heads of decays and outputs. The heads of each operand divide H
     q_heads: Any = 1
     k_heads: Any = 1
     v_heads: Any = 1
-    w_heads: Any = 1
-    q_stride: Any = 0  # tokens from one batch row to the next; 0 where all share one row
+    q2_heads: Any = 1
+    q_stride: Any = 0  # tokens from one batch row to the next; 0 if all share one row
     k_stride: Any = 0
     v_stride: Any = 0
-    w_stride: Any = 0
+    q2_stride: Any = 0
     s0_stride: Any = 0  # initial states from one batch row to the next, or 0
     g_stride: Any = 0  # decays from one batch row to the next, or 0
-    sequences: Any = 1  # of a batch row
-    length: Any = 0  # tokens of a segment or, in the kernels of states, of a piece
-    rows: Any = 1  # rows of work of a batch row, or what `_link_kernel` says of itself
-    table_stride: Any = 0  # numbers from one batch row of the table to the next, or 0
-    pieces: Any = 0  # of a batch row: those whose states are summed
-    pieces_per_segment: Any = 1
+    sequences: Any = 1  # per batch row
+    length: Any = 0  # tokens per work item
+    items: Any = 1  # work items per batch row; in `_state_passing_kernel` walks per batch row
+    items_stride: Any = 0  # numbers from the work items of one batch row to the next, or 0
+    splits: Any = 0  # per batch row, of segments with a successor; for `only_state` of all segments
+    splits_per_segment: Any = 1
 
 
 class _Work(NamedTuple):
-    """What one program handles: two tiles, a head, a batch row, a row of work, and what `_Row` says
-    of that row."""
+    """What one program handles: two tiles, a head, a batch row, and one of its `_WorkItem`s."""
 
     v_tile: Any
     k_tile: Any
     h: Any
     b: Any
-    row: Any
+    item: Any
     first: Any
     tokens: Any
     valid: Any
     sequence: Any
-    before: Any
-    after: Any
+    items_before: Any
+    items_after: Any
     slot: Any
 
 
 @_kernel
-def _switches(way):
-    """The bits of `_Way`, each 0 or 1."""
-    # One `&` and three `%`: by such details ptxas places spills and loads. With four `%` head dims
-    # above 128 take longer, with four `&` short sequences in float32.
-    return way & 1, way // 2 % 2, way // 4 % 2, way // 8 % 2
+def _unpack_flags(flags):
+    """The bits of `_Flags`, each 0 or 1."""
+    # The mix of & and % is deliberate, because ptxas places spills and loads by such details. With
+    # four % head dims above 128 take longer, with four & short sequences in float32 do.
+    return flags & 1, flags // 2 % 2, flags // 4 % 2, flags // 8 % 2
 
 
 @_kernel
 def _find_work(
-    table,
-    p,
-    k_tiles,
-    v_tiles,
-    reverse,
-    PACKED: tl.constexpr,
-    LINKED: tl.constexpr,
-    ROWS_FIRST: tl.constexpr,
-):
-    """The `_Work` of this program. A pack loads its row from the table. A plain batch computes the
-    row, which saves a launch and a load; if nothing is linked, a batch row is one row of work.
-    Consecutive programs share tokens or, if ROWS_FIRST, a head."""
+    work_items, p, k_tiles, v_tiles, reverse,
+    IS_VARLEN: tl.constexpr, SEGMENTED: tl.constexpr, ITEMS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """The `_Work` of this program. In a packed batch the program loads its work item. In a plain
+    batch it computes the item, which saves a launch and a load; without segments, a batch row is
+    one item. Consecutive programs share tokens or, if ITEMS_FIRST, a head."""
     i = tl.program_id(0)
     v_tile, i = i % v_tiles, i // v_tiles
     k_tile, i = i % k_tiles, i // k_tiles
-    rows = p.rows if PACKED or LINKED else 1
-    if ROWS_FIRST:
-        row, i = i % rows, i // rows
+    items = p.items if IS_VARLEN or SEGMENTED else 1
+    if ITEMS_FIRST:
+        item, i = i % items, i // items
         h, b = i % p.H, (i // p.H).to(tl.int64)
     else:
         h, i = i % p.H, i // p.H
-        row, b = i % rows, (i // rows).to(tl.int64)
-    if PACKED:
-        at = table + b * p.table_stride + row * 7
+        item, b = i % items, (i // items).to(tl.int64)
+    if IS_VARLEN:
+        at = work_items + b * p.items_stride + item * 7
         first, tokens, valid = tl.load(at), tl.load(at + 1), tl.load(at + 2)
         sequence, before, after = tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
         slot = tl.load(at + 6)
     else:
-        tokens = tl.minimum(p.T - row * p.length, p.length)
-        first = row * p.length + reverse * (p.T - tokens - 2 * row * p.length)
-        valid, sequence, before, after, slot = tokens, 0, row, rows - 1 - row, row
-    return _Work(v_tile, k_tile, h, b, row, first, tokens, valid, sequence, before, after, slot)
+        tokens = tl.minimum(p.T - item * p.length, p.length)
+        first = item * p.length + reverse * (p.T - tokens - 2 * item * p.length)
+        valid, sequence, before, after, slot = tokens, 0, item, items - 1 - item, item
+    return _Work(v_tile, k_tile, h, b, item, first, tokens, valid, sequence, before, after, slot)
 
 
 @_kernel
-def _bits_per_token(g, work, p):
+def _log2_decay(g, work, p):
     """The log decay of the program's head to base 2."""
     return (tl.load(g + work.b * p.g_stride + work.h) * LOG2_E).to(tl.float32)
 
 
 @_kernel
 def _first_token(work, stride, heads, p):
-    """The place of the program's first token and head in an operand with this stride from one batch
-    row to the next, counted in heads."""
+    """The offset of the program's first token and head in an operand, counted in heads. The stride
+    is from one batch row to the next."""
     return (work.b * stride + work.first) * heads + work.h // (p.H // heads)
 
 
 @_kernel
-def _state(work, stride, p):
-    """The place of the program's sequence and head, counted in states."""
+def _state_offset(work, stride, p):
+    """The offset of the program's sequence and head, counted in states."""
     return (work.b * stride + work.sequence) * p.H + work.h
 
 
 @_kernel
-def _scales(scale, post):
+def _scales(scale, after_read):
     """The scales of queries that read the state, and of keys that enter it."""
-    return 1.0 if post > 0 else scale, scale if post > 0 else 1.0
+    return 1.0 if after_read > 0 else scale, scale if after_read > 0 else 1.0
 
 
 @_kernel
-def _query_decays(g2, scale_q, scale, far, rank, post):
-    """How a chunk decays scores, at the distances `far` from key to query, and what queries read of
-    the state, at their ranks."""
-    D = tl.where(far >= 0, tl.exp2(g2 * tl.maximum(far, 0)) * scale, 0.0)
-    return D, tl.exp2(g2 * (rank + 1 - post)) * scale_q
+def _query_decays(g2, scale_q, scale, distance, rank, after_read):
+    """How a chunk decays scores, by the distance from key to query, and what queries read of the
+    state, by their ranks."""
+    D = tl.where(distance >= 0, tl.exp2(g2 * tl.maximum(distance, 0)) * scale, 0.0)
+    return D, tl.exp2(g2 * (rank + 1 - after_read)) * scale_q
 
 
 @_kernel
-def _key_decays(g2, scale_k, tokens, rank, post):
-    """How a chunk of so many tokens decays what its keys add to the state."""
-    return tl.exp2(g2 * tl.maximum(tokens - 1 - rank + post, 0)) * scale_k
+def _key_decays(g2, scale_k, tokens, rank, after_read):
+    """How a chunk of `tokens` tokens decays what its keys add to the state, by their ranks."""
+    return tl.exp2(g2 * tl.maximum(tokens - 1 - rank + after_read, 0)) * scale_k
 
 
 @_kernel
-def _enter(
-    S,
-    linked,
-    s0,
-    ck,
-    cv,
-    work,
-    swapped,
-    g_length,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    LINKED: tl.constexpr,
-    HAS_S0: tl.constexpr,
-):
-    """S^T [BV, BK] plus the state at the start of a segment: the linked state of the segments
-    before it, and the decayed initial state. `ck` and `cv` are its columns of keys and values."""
+def _load_initial_state(
+    S, s_in, s0, ck, cv, work, swapped, g_length,
+    K: tl.constexpr, V: tl.constexpr, SEGMENTED: tl.constexpr, HAS_S0: tl.constexpr,
+):  # fmt: skip
+    """S^T [BV, BK] plus the state at the start of a segment: what the segments before it leave, and
+    the decayed initial state. `ck` and `cv` are the columns of keys and values."""
     inside = (ck < K) & (cv < V)
     state = ck * V + cv
-    if LINKED:
-        if work.before > 0:
+    if SEGMENTED:
+        if work.items_before > 0:
             if swapped > 0:
-                S += tl.load(linked + state, mask=inside, other=0.0)
+                S += tl.load(s_in + state, mask=inside, other=0.0)
             else:
-                S += tl.load(linked + (cv * K + ck), mask=inside, other=0.0)
+                S += tl.load(s_in + (cv * K + ck), mask=inside, other=0.0)
     if HAS_S0:
         # the initial state of a sequence without valid tokens may hold anything
         if tl.where(work.valid > 0, work.sequence, -1) >= 0:
             initial = tl.load(s0 + state, mask=inside, other=0.0)
-            S += tl.exp2(g_length * work.before) * initial
+            S += tl.exp2(g_length * work.items_before) * initial
     return S
 
 
 @_kernel
-def _leave(
+def _store_final_state(
     S, s, s0, ck, cv, work, final_state, K: tl.constexpr, V: tl.constexpr, HAS_S0: tl.constexpr
 ):
     """Stores S^T as the final state, if it is that of a sequence and is wanted."""
     inside = (ck < K) & (cv < V)
     state = ck * V + cv
-    if (work.after == 0) & (final_state > 0):
+    if (work.items_after == 0) & (final_state > 0):
         if work.sequence >= 0:
             if HAS_S0:
-                if work.valid <= 0:  # it ends with what it starts from, whatever that holds
+                if work.valid <= 0:  # the sequence ends with the state that it starts from
                     S = tl.load(s0 + state, mask=inside, other=0.0)
             tl.store(s + state, S, mask=inside)
 
 
 @_kernel
-def _load(x, t, valid, stride, column, C: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr):
+def _load_tile(x, t, valid, stride, column, C: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr):
     """Rows t .. t+C and columns column .. column+BD of x, whose rows are `stride` apart, as
     [C, BD]: 0 outside of [valid, DIM]."""
     row, col = tl.arange(0, C)[:, None], tl.arange(0, BD)[None, :]
@@ -1026,256 +1022,243 @@ def _load(x, t, valid, stride, column, C: tl.constexpr, DIM: tl.constexpr, BD: t
 
 
 @_kernel
-def _states_kernel(
-    k,
-    v,
-    g,
-    table,
-    states,
-    params,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """S^T = sum_j e^{g(L-1-j)} v_j k_j^T over a piece of L tokens (post: e^{g(L-j)}, and scaled).
+def _chunk_state_kernel(
+    k, v, g, work_items, states, params,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    IS_VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """S^T = sum_j e^{g(L-1-j)} v_j k_j^T over a split of L tokens. If the state decays after it is
+    read: e^{g(L-j)}, and scaled.
 
-    Chunks whose tokens all weigh 0 in float32 at the end of the piece are skipped. A piece whose
-    sum vanishes before the end of its segment is not written. For most heads most pieces are such.
+    Chunks whose tokens all weigh 0 in float32 at the end of the split are skipped. A split whose
+    sum vanishes before the end of its segment is not written. With typical decays that is true of
+    most splits.
     """
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     p = _Params(*params)
-    reverse, post, _, _ = _switches(p.way)
-    turn = 1 - 2 * reverse
-    # by the formula the first heads forget least and take longest: ROWS_FIRST starts them first
-    work = _find_work(table, p, NK, NV, reverse, PACKED, LINKED=True, ROWS_FIRST=True)
-    g2 = _bits_per_token(g, work, p)
-    pieces_after = p.pieces_per_segment - 1 - work.before % p.pieces_per_segment
-    if work.tokens < 0 or g2 * p.length * pieces_after <= VANISHED:
+    reverse, after_read, _, _ = _unpack_flags(p.flags)
+    direction = 1 - 2 * reverse
+    # Heads of low index decay slowest and take longest: ITEMS_FIRST starts them first.
+    work = _find_work(work_items, p, NK, NV, reverse, IS_VARLEN, SEGMENTED=True, ITEMS_FIRST=True)
+    g2 = _log2_decay(g, work, p)
+    splits_after = p.splits_per_segment - 1 - work.items_before % p.splits_per_segment
+    if work.tokens < 0 or g2 * p.length * splits_after <= VANISHED:
         return
     k += _first_token(work, p.k_stride, p.k_heads, p) * K
     v += _first_token(work, p.v_stride, p.v_heads, p) * V
     k_column, v_column = work.k_tile * BK, work.v_tile * BV
-    rank = (C - 1) * reverse + turn * tl.arange(0, C)
-    _, scale_k = _scales(p.scale, post)
+    rank = (C - 1) * reverse + direction * tl.arange(0, C)
+    _, scale_k = _scales(p.scale, after_read)
     chunks = (work.tokens + C - 1) // C
     live = tl.ceil(1.0 / tl.minimum(g2, -1e-6) * VANISHED / C) + 1
     live = tl.minimum(live, chunks * 1.0).to(tl.int32)
     S = tl.full([BV, BK], 0.0, tl.float32)
     for c in range(chunks - live, chunks):
         m = tl.minimum(work.tokens - c * C, C)
-        t = (work.tokens - C) * reverse + turn * C * c
-        ks = _load(k, t, work.valid, p.k_heads * K, k_column, C, K, BK)
-        vs = _load(v, t, work.valid, p.v_heads * V, v_column, C, V, BV)
-        ek = _key_decays(g2, scale_k, m, rank, post)
-        vw = tl.trans((vs * ek[:, None]).to(vs.dtype))  # [BV, C]
+        t = (work.tokens - C) * reverse + direction * C * c
+        ks = _load_tile(k, t, work.valid, p.k_heads * K, k_column, C, K, BK)
+        vs = _load_tile(v, t, work.valid, p.v_heads * V, v_column, C, V, BV)
+        k_decay = _key_decays(g2, scale_k, m, rank, after_read)
+        vw = tl.trans((vs * k_decay[:, None]).to(vs.dtype))  # [BV, C]
         S = tl.dot(vw, ks, S * tl.exp2(g2 * m), input_precision=PRECISION)  # [BV, C] x [C, BK]
     ck = k_column + tl.arange(0, BK)[None, :]
     cv = v_column + tl.arange(0, BV)[:, None]
-    states += ((work.b * p.rows + work.row) * p.H + work.h) * K * V
+    states += ((work.b * p.items + work.item) * p.H + work.h) * K * V
     tl.store(states + cv * K + ck, S, mask=(ck < K) & (cv < V))
 
 
 @_kernel
-def _link_kernel(
-    states,
-    g,
-    table,
-    linked,
-    params,
-    PIECES: tl.constexpr,
-    E: tl.constexpr,
-    BE: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """Writes the state that the next segment starts from, at the last piece of each segment. Along
-    a sequence, S' = e^{g L M} S + sum_j e^{g L (M-1-j)} z_j over the M = PIECES of a segment, which
-    have L tokens each and the states z_j. A program handles BE of the E numbers of a state. A plain
-    batch row is one walk. In a pack any segment may begin a walk: `rows` counts the segments."""
+def _state_passing_kernel(
+    states, g, work_items, s_in, params,
+    SPLITS: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, IS_VARLEN: tl.constexpr,
+):  # fmt: skip
+    """Writes the state that the next segment starts from in place of each segment's last split.
+
+    Along a sequence, S' = e^{g L M} S + sum_j e^{g L (M-1-j)} z_j over the M = SPLITS of a segment,
+    which have L tokens each and the states z_j. A program handles BE of the E numbers of a state. A
+    plain batch row is one walk. In a packed batch any segment may begin a walk."""
     NE: tl.constexpr = (E + BE - 1) // BE
     p = _Params(*params)
     i = tl.program_id(0)
     tile, i = i % NE, i // NE
     h, i = i % p.H, i // p.H
-    row, b = i % p.rows * PIECES, (i // p.rows).to(tl.int64)
-    segments = p.pieces // PIECES
-    if PACKED:  # only the program of a sequence's first segment walks
-        at = table + b * p.table_stride + row * 7
+    item, b = i % p.items * SPLITS, (i // p.items).to(tl.int64)
+    segments = p.splits // SPLITS
+    if IS_VARLEN:  # only the program of a sequence's first segment walks
+        at = work_items + b * p.items_stride + item * 7
         tokens, before, after = tl.load(at + 1), tl.load(at + 4), tl.load(at + 5)
-        segments = tl.where((tokens < 0) | (before > 0), 0, (after + 1) // PIECES)
+        segments = tl.where((tokens < 0) | (before > 0), 0, (after + 1) // SPLITS)
     g_length = (tl.load(g + b * p.g_stride + h) * LOG2_E).to(tl.float32) * p.length
-    same = states.to(tl.int64, bitcast=True) == linked.to(tl.int64, bitcast=True)
+    same = states.to(tl.int64, bitcast=True) == s_in.to(tl.int64, bitcast=True)
     if (g_length <= VANISHED) & same:
-        return  # nothing survives a piece: the last pieces have the linked states as they are
-    j, e = tl.arange(0, PIECES)[:, None], tile * BE + tl.arange(0, BE)
-    offset = ((b * p.pieces + row) * p.H + h) * E
+        return  # nothing survives a split: the state after a segment is that of its last split
+    j, e = tl.arange(0, SPLITS)[:, None], tile * BE + tl.arange(0, BE)
+    offset = ((b * p.splits + item) * p.H + h) * E
     stride = tl.full([], p.H * E, tl.int64)
     S = tl.full([BE], 0.0, tl.float32)
-    # num_stages loads later segments ahead, which is safe: no place is loaded after it is stored
+    # num_stages loads later segments ahead. That is safe: no state is loaded after it is stored.
     for _ in tl.range(0, segments, num_stages=3):
-        written = g_length * (PIECES - 1 - j) > VANISHED
-        places = states + offset + j * stride + e[None, :]
-        z = tl.load(places, mask=(e[None, :] < E) & written, other=0.0)  # [PIECES, BE]
-        offset += (PIECES - 1) * stride
-        S = S * tl.exp2(g_length * PIECES) + tl.sum(z * tl.exp2(g_length * (PIECES - 1 - j)), 0)
-        tl.store(linked + offset + e, S, mask=e < E)
+        written = g_length * (SPLITS - 1 - j) > VANISHED
+        pointers = states + offset + j * stride + e[None, :]
+        z = tl.load(pointers, mask=(e[None, :] < E) & written, other=0.0)  # [SPLITS, BE]
+        offset += (SPLITS - 1) * stride
+        S = S * tl.exp2(g_length * SPLITS) + tl.sum(z * tl.exp2(g_length * (SPLITS - 1 - j)), 0)
+        tl.store(s_in + offset + e, S, mask=e < E)
         offset += stride
 
 
 @_kernel
-def _scan_kernel(
-    q,
-    k,
-    v,
-    g,
-    s0,
-    linked,
-    table,
-    s,
-    o,
-    params,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    C: tl.constexpr,
-    PACKED: tl.constexpr,
-    LINKED: tl.constexpr,
-    HAS_S0: tl.constexpr,
+def _chunk_scan_kernel(
+    q, k, v, g, s0, s_in, work_items, s, o, params,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    IS_VARLEN: tl.constexpr, SEGMENTED: tl.constexpr, HAS_S0: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """The scan of one segment, for one head and BV of the V columns of values, chunk by chunk:
 
         o_i = scale (e^{g(i+1)} q_i S + sum_{j<=i} e^{g(i-j)} (q_i.k_j) v_j)
         S' = e^{g m} S + sum_j e^{g(m-1-j)} k_j v_j^T
 
-    i and j are ranks, and m the tokens of the chunk. Post: e^{g i} q_i S and e^{g(m-j)} k_j v_j^T,
-    where the scale is of what enters S. If K > BK, the keys' columns are scanned in parts of BK.
+    i and j are ranks, and m is the number of tokens in the chunk. If the state decays after it is
+    read: e^{g i} q_i S and e^{g(m-j)} k_j v_j^T, and the scale is of what enters S.
 
-    `_table` keeps rows inside of the tokens, whatever cu holds. Loads outside of a row return 0,
-    and stores are masked."""
+    `_work_items` keeps items inside of the tokens, whatever cu_seqlens holds. Loads outside of an
+    item return 0, and stores are masked."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     p = _Params(*params)
-    reverse, post, swapped, final_state = _switches(p.way)
-    turn = 1 - 2 * reverse
-    work = _find_work(table, p, 1, NV, reverse, PACKED, LINKED, ROWS_FIRST=False)
+    reverse, after_read, swapped, final_state = _unpack_flags(p.flags)
+    direction = 1 - 2 * reverse
+    work = _find_work(work_items, p, 1, NV, reverse, IS_VARLEN, SEGMENTED, ITEMS_FIRST=False)
     if work.tokens < 0:
         return
-    g2 = _bits_per_token(g, work, p)
+    g2 = _log2_decay(g, work, p)
     q += _first_token(work, p.q_stride, p.q_heads, p) * K
     k += _first_token(work, p.k_stride, p.k_heads, p) * K
     v += _first_token(work, p.v_stride, p.v_heads, p) * V
     o += ((work.b * p.T + work.first) * p.H + work.h) * V
-    s0 += _state(work, p.s0_stride, p) * K * V
-    s += _state(work, p.sequences, p) * K * V
-    last_piece = work.b * p.pieces + work.slot * p.pieces_per_segment - 1
-    linked += (last_piece * p.H + work.h) * K * V
+    s0 += _state_offset(work, p.s0_stride, p) * K * V
+    s += _state_offset(work, p.sequences, p) * K * V
+    last_split = work.b * p.splits + work.slot * p.splits_per_segment - 1
+    s_in += (last_split * p.H + work.h) * K * V
 
-    rank = (C - 1) * reverse + turn * tl.arange(0, C)
-    scale_q, scale_k = _scales(p.scale, post)
-    far = rank[None, :] - rank[:, None]  # [j, i]
-    D, eq = _query_decays(g2, scale_q, p.scale, far, rank, post)
+    rank = (C - 1) * reverse + direction * tl.arange(0, C)
+    scale_q, scale_k = _scales(p.scale, after_read)
+    distance = rank[None, :] - rank[:, None]  # [j, i]
+    D, q_decay = _query_decays(g2, scale_q, p.scale, distance, rank, after_read)
     v_column = work.v_tile * BV
     row, col = tl.arange(0, C)[:, None], v_column + tl.arange(0, BV)[None, :]
-    for part in range(NK):
-        k_column = part * BK
+    for k_block in range(NK):
+        k_column = k_block * BK
         ck = k_column + tl.arange(0, BK)[None, :]
         cv = v_column + tl.arange(0, BV)[:, None]
         S = tl.full([BV, BK], 0.0, tl.float32)
-        S = _enter(S, linked, s0, ck, cv, work, swapped, g2 * p.length, K, V, LINKED, HAS_S0)
+        S = _load_initial_state(
+            S, s_in, s0, ck, cv, work, swapped, g2 * p.length, K, V, SEGMENTED, HAS_S0
+        )
         for c in range((work.tokens + C - 1) // C):
             m = tl.minimum(work.tokens - c * C, C)
-            t = (work.tokens - C) * reverse + turn * C * c
-            qs = _load(q, t, work.valid, p.q_heads * K, k_column, C, K, BK)
-            ks = _load(k, t, work.valid, p.k_heads * K, k_column, C, K, BK)
-            vs = _load(v, t, work.valid, p.v_heads * V, v_column, C, V, BV)
+            t = (work.tokens - C) * reverse + direction * C * c
+            qs = _load_tile(q, t, work.valid, p.q_heads * K, k_column, C, K, BK)
+            ks = _load_tile(k, t, work.valid, p.k_heads * K, k_column, C, K, BK)
+            vs = _load_tile(v, t, work.valid, p.v_heads * V, v_column, C, V, BV)
             qt = tl.trans(qs)
             P = tl.dot(ks, qt, input_precision=PRECISION) * D  # [C, BK] x [BK, C]
             # [BV, BK] x [BK, C] + [BV, C] x [C, C]
-            O = tl.dot(S.to(qs.dtype), qt, input_precision=PRECISION) * eq[None, :]
+            O = tl.dot(S.to(qs.dtype), qt, input_precision=PRECISION) * q_decay[None, :]
             O = tl.dot(tl.trans(vs), P.to(vs.dtype), O, input_precision=PRECISION)
             O = tl.trans(O)
             at = o + t.to(tl.int64) * (p.H * V) + row * (p.H * V) + col
-            mine = (t + row >= 0) & (t + row < work.tokens) & (col < V)
+            mask = (t + row >= 0) & (t + row < work.tokens) & (col < V)
             if NK > 1:
-                O += tl.load(at, mask=mine & (part > 0), other=0.0).to(tl.float32)
-            tl.store(at, O.to(vs.dtype), mask=mine)
-            ek = _key_decays(g2, scale_k, m, rank, post)
-            vw = tl.trans((vs * ek[:, None]).to(vs.dtype))
+                O += tl.load(at, mask=mask & (k_block > 0), other=0.0).to(tl.float32)
+            tl.store(at, O.to(vs.dtype), mask=mask)
+            k_decay = _key_decays(g2, scale_k, m, rank, after_read)
+            vw = tl.trans((vs * k_decay[:, None]).to(vs.dtype))
             S = tl.dot(vw, ks, S * tl.exp2(g2 * m), input_precision=PRECISION)  # [BV, C] x [C, BK]
-        _leave(S, s, s0, ck, cv, work, final_state, K, V, HAS_S0)
+        _store_final_state(S, s, s0, ck, cv, work, final_state, K, V, HAS_S0)
         if NK > 1:
-            tl.debug_barrier()  # threads reread outputs that others of the program wrote
+            tl.debug_barrier()  # threads reread outputs that other threads wrote
 
 
-# The same scan for 16-bit operands on Hopper, in Gluon. Triton waits for each product, and for each
-# copy through shared memory, before it starts the next. This kernel overlaps them. Its schedule,
-# for one chunk:
+# The chunk scan for 16-bit operands on Hopper, in Gluon. Triton waits for each product and for each
+# copy through shared memory before it starts the next. This kernel overlaps them. The schedule of
+# one chunk:
 #
-#     copies    The tensor memory accelerator fills a ring of STAGES >= 2 buffers, and runs up to
-#               STAGES - 1 chunks ahead. An mbarrier per buffer says when the buffer is full. The
+#     loads     The tensor memory accelerator (TMA) fills a ring of STAGES >= 2 buffers, and runs up
+#               to STAGES - 1 chunks ahead. An mbarrier per buffer says when the buffer is full. The
 #               buffer of a chunk is filled again during the next chunk, after a `gl.barrier` that a
 #               warp reaches only when it has waited for the products of the chunk.
-#     products  scores P = k q^T and what queries read of the state, O = S^T q^T, start together. O
-#               is summed while P is decayed and stored; then O += v^T P and S' = e^{g m} S + v^T k
-#               start together.
-#     outputs   O is transposed in shared memory, so that stores are coalesced, and stored while S'
-#               is summed.
+#     products  The scores P = k q^T and what queries read of the state, O = S^T q^T, start
+#               together. P is decayed and stored while O is summed. Then O += v^T P and
+#               S' = e^{g m} S + v^T k start together.
+#     outputs   O is transposed in shared memory, so that stores are coalesced, and is stored while
+#               S' is summed.
 #
-# Each warp owns 16 rows of S^T, o^T and y^T. DUAL: the kernel also scans with the transposed state,
-# which it has anyway: w reads y, where k and v change places. One square tile must then hold all of
-# K and V, and registers do not suffice to read S^T: a copy in shared memory is read.
+# Each warp owns 16 rows of S^T, o^T and o2^T. If FUSED, the kernel also scans with the transposed
+# state, which is the same registers: q2 reads o2, and k and v change places. One square tile must
+# then hold all of K and V. Registers do not suffice to read S^T: a copy in shared memory is read.
 #
-# What limits it, for C = 64, a tile of 128 x 128 and 256 threads: registers, 64 of S, 32 of O, 16
-# each of P and D, and copies of them in 16 bits; and shared memory, of which Hopper has 227 KiB:
-# 8 bytes for each mbarrier, and 2 bytes for each of
-# STAGES C (2 BK + BV) + C C + C BV numbers or, if DUAL,
-# STAGES C (2 BK + 2 BV) + BK BV + 2 C C + C (BK + BV). The emulator in the test file sees no race
-# between warps, no type and no limit: compile a change, and run it on a GPU under
-# compute-sanitizer.
+# What limits the kernel, for C = 64, a tile of 128 x 128 and 256 threads: registers, 64 of S, 32 of
+# O, 16 each of P and D, and copies of them in 16 bits; and shared memory, of which Hopper has 227
+# KiB: 8 bytes for each mbarrier, and 2 bytes for each of
+# STAGES C (2 BK + BV) + C C + C BV numbers or, if FUSED,
+# STAGES C (2 BK + 2 BV) + BK BV + 2 C C + C (BK + BV). The emulator in the test file models neither
+# races between warps nor limits of registers and shared memory: compile every change, and run it
+# on a GPU under compute-sanitizer.
 
 
-class _Four(NamedTuple):
-    """A value per operand: w has that of v where no w is given."""
+class _PerOperand(NamedTuple):
+    """A value per operand. Without q2, the value of v stands for that of q2."""
 
     q: Any
     k: Any
     v: Any
-    w: Any
+    q2: Any
+
+
+class _Decays(NamedTuple):
+    """How a chunk decays its scores, what queries read of the state, what keys add to the state,
+    and the state itself."""
+
+    D: Any
+    q: Any
+    k: Any
+    s: Any
 
 
 @_gluon
-def _fetch(arrays, buffers, full, stage, t, rows, heads, k_column, v_column, DUAL: gl.constexpr):
-    """Starts the copies of the chunk at t of the segment. The barrier counts their bytes."""
+def _start_loads(
+    arrays, buffers, full, stage, t, rows, heads, k_column, v_column, FUSED: gl.constexpr
+):
+    """Starts the loads of the chunk at t of the segment. The mbarrier counts their bytes."""
     bar = full.index(stage)
     bytes_qk: gl.constexpr = arrays.q.nbytes_per_cta + arrays.k.nbytes_per_cta
-    bytes_vw: gl.constexpr = arrays.v.nbytes_per_cta + (arrays.w.nbytes_per_cta if DUAL else 0)
-    hopper.mbarrier.expect(bar, bytes_qk + bytes_vw)
+    bytes_v_q2: gl.constexpr = arrays.v.nbytes_per_cta + (arrays.q2.nbytes_per_cta if FUSED else 0)
+    hopper.mbarrier.expect(bar, bytes_qk + bytes_v_q2)
     q_at, k_at = [rows.q + t, heads.q, k_column], [rows.k + t, heads.k, k_column]
-    v_at, w_at = [rows.v + t, heads.v, v_column], [rows.w + t, heads.w, v_column]
+    v_at, q2_at = [rows.v + t, heads.v, v_column], [rows.q2 + t, heads.q2, v_column]
     hopper.tma.async_load(arrays.q, q_at, bar, buffers.q.index(stage))
     hopper.tma.async_load(arrays.k, k_at, bar, buffers.k.index(stage))
     hopper.tma.async_load(arrays.v, v_at, bar, buffers.v.index(stage))
-    if DUAL:
-        hopper.tma.async_load(arrays.w, w_at, bar, buffers.w.index(stage))
+    if FUSED:
+        hopper.tma.async_load(arrays.q2, q2_at, bar, buffers.q2.index(stage))
 
 
 @_gluon
-def _decayed_values(vs, ek, dtype: gl.constexpr, layout: gl.constexpr):
+def _decayed_values(vs, k_decay, dtype: gl.constexpr, layout: gl.constexpr):
     """v^T [BV, C] in registers, as it is and with the decay of each key."""
     vt = vs.permute((1, 0)).load(layout)
-    return vt, (vt.to(gl.float32) * ek[None, :]).to(dtype)
+    return vt, (vt.to(gl.float32) * k_decay[None, :]).to(dtype)
 
 
 @_gluon
-def _multiply(x, scores, S, D, eq, ek, eS, LO: gl.constexpr, LP: gl.constexpr, PARTS: gl.constexpr):
+def _start_products(
+    x, scores, S, decays, LO: gl.constexpr, LP: gl.constexpr, K_BLOCKS: gl.constexpr
+):
     """Starts the products of a chunk. o^T and S'^T are still being summed when it returns, in this
-    order. It returns their operands in registers as well, which must live until the wait."""
+    order. Also returns their operands in registers, to keep them alive until the wait."""
     C: gl.constexpr = x.k.shape[0]
     BV: gl.constexpr = x.v.shape[1]
     dtype: gl.constexpr = x.k.dtype
@@ -1288,47 +1271,48 @@ def _multiply(x, scores, S, D, eq, ek, eS, LO: gl.constexpr, LP: gl.constexpr, P
     P = hopper.warpgroup_mma(x.k, qt, zero_p, use_acc=False, is_async=True)  # [C, BK] x [BK, C]
     O = hopper.warpgroup_mma(Sb, qt, zero_o, use_acc=False, is_async=True)  # [BV, BK] x [BK, C]
     P = hopper.warpgroup_mma_wait(1, [P])  # O is still being summed
-    scores.store((P * D).to(dtype))
-    if PARTS:  # the outputs of earlier parts fill registers: waiting here frees those of Sb for v
+    scores.store((P * decays.D).to(dtype))
+    if K_BLOCKS:  # outputs of earlier K blocks fill registers: this wait frees those of Sb for v
         O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
-    vt, vw = _decayed_values(x.v, ek, dtype, AS)
+    vt, vw = _decayed_values(x.v, decays.k, dtype, AS)
     vt = gl.convert_layout(vt, AO)
     O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])  # before O is scaled
     gl.barrier()  # all warps have stored their scores (the compiler fences them)
-    O = hopper.warpgroup_mma(vt, scores, O * eq[None, :], is_async=True)  # [BV, C] x [C, C]
-    S = hopper.warpgroup_mma(vw, x.k, S * eS, is_async=True)  # [BV, C] x [C, BK]
+    O = hopper.warpgroup_mma(vt, scores, O * decays.q[None, :], is_async=True)  # [BV, C] x [C, C]
+    S = hopper.warpgroup_mma(vw, x.k, S * decays.s, is_async=True)  # [BV, C] x [C, BK]
     return O, vt, S, vw
 
 
 @_gluon
-def _multiply_dual(x, scores, w_scores, Sb, S, D, eq, ek, eS, LO: gl.constexpr, LP: gl.constexpr):
-    """`_multiply` for both scans: o^T, y^T and S'^T are still being summed when it returns. The
-    state is read from shared memory, Sb."""
+def _start_fused_products(x, scores, q2_scores, Sb, S, decays, LO: gl.constexpr, LP: gl.constexpr):
+    """`_start_products` for both scans: o^T, o2^T and S'^T are still being summed when it returns.
+    The state is read from shared memory, Sb."""
     C: gl.constexpr = x.k.shape[0]
     BV: gl.constexpr = x.v.shape[1]
     dtype: gl.constexpr = x.k.dtype
     AS: gl.constexpr = gl.DotOperandLayout(0, S.type.layout, 2)
     qt = x.q.permute((1, 0))
-    wt = x.w.permute((1, 0))
+    q2t = x.q2.permute((1, 0))
     zero_p = gl.full([C, C], 0.0, gl.float32, LP)
     zero_o = gl.full([BV, C], 0.0, gl.float32, LO)
     P = hopper.warpgroup_mma(x.k, qt, zero_p, use_acc=False, is_async=True)  # [C, BK] x [BK, C]
     O = hopper.warpgroup_mma(Sb, qt, zero_o, use_acc=False, is_async=True)  # [BV, BK] x [BK, C]
     P = hopper.warpgroup_mma_wait(1, [P])  # O is still being summed
-    scores.store((P * D).to(dtype))
-    P = hopper.warpgroup_mma(x.v, wt, zero_p, use_acc=False, is_async=True)  # [C, BV] x [BV, C]
+    scores.store((P * decays.D).to(dtype))
+    P = hopper.warpgroup_mma(x.v, q2t, zero_p, use_acc=False, is_async=True)  # [C, BV] x [BV, C]
     St = Sb.permute((1, 0))
-    Y = hopper.warpgroup_mma(St, wt, zero_o, use_acc=False, is_async=True)  # [BK, BV] x [BV, C]
-    O, P = hopper.warpgroup_mma_wait(1, [O, P])  # Y is still being summed
-    w_scores.store((P * D).to(dtype))
-    _, vw = _decayed_values(x.v, ek, dtype, AS)
+    O2 = hopper.warpgroup_mma(St, q2t, zero_o, use_acc=False, is_async=True)  # [BK, BV] x [BV, C]
+    O, P = hopper.warpgroup_mma_wait(1, [O, P])  # O2 is still being summed
+    q2_scores.store((P * decays.D).to(dtype))
+    _, vw = _decayed_values(x.v, decays.k, dtype, AS)
     gl.barrier()  # all warps have stored their scores (the compiler fences them)
     vt, kt = x.v.permute((1, 0)), x.k.permute((1, 0))
-    O = hopper.warpgroup_mma(vt, scores, O * eq[None, :], is_async=True)  # [BV, C] x [C, C]
-    Y = hopper.warpgroup_mma_wait(1, [Y])  # before Y is scaled; O is being summed again
-    Y = hopper.warpgroup_mma(kt, w_scores, Y * eq[None, :], is_async=True)  # [BK, C] x [C, C]
-    S = hopper.warpgroup_mma(vw, x.k, S * eS, is_async=True)  # [BV, C] x [C, BK]
-    return O, Y, S, vw
+    O = hopper.warpgroup_mma(vt, scores, O * decays.q[None, :], is_async=True)  # [BV, C] x [C, C]
+    O2 = hopper.warpgroup_mma_wait(1, [O2])  # before O2 is scaled; O is being summed again
+    # [BK, C] x [C, C]
+    O2 = hopper.warpgroup_mma(kt, q2_scores, O2 * decays.q[None, :], is_async=True)
+    S = hopper.warpgroup_mma(vw, x.k, S * decays.s, is_async=True)  # [BV, C] x [C, BK]
+    return O, O2, S, vw
 
 
 @_layout
@@ -1338,17 +1322,10 @@ def _coalesced(BD, WARPS):
 
 
 @_gluon
-def _places(
-    x,
-    t,
-    valid,
-    stride,
-    column,
-    DIM: gl.constexpr,
-    C: gl.constexpr,
-    BD: gl.constexpr,
-    WARPS: gl.constexpr,
-):
+def _tile_pointers(
+    x, t, valid, stride, column,
+    DIM: gl.constexpr, C: gl.constexpr, BD: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
     """Pointers to rows t .. t+C and columns column .. column+BD of x, whose rows are `stride`
     apart, as [C, BD], and a mask of those inside [valid, DIM]."""
     layout: gl.constexpr = _coalesced(BD, WARPS)
@@ -1358,24 +1335,7 @@ def _places(
 
 
 @_gluon
-def _read(
-    x,
-    t,
-    valid,
-    stride,
-    column,
-    DIM: gl.constexpr,
-    C: gl.constexpr,
-    BD: gl.constexpr,
-    WARPS: gl.constexpr,
-):
-    """What lies at `_places`, or 0 outside."""
-    at, inside = _places(x, t, valid, stride, column, DIM, C, BD, WARPS)
-    return gl.load(at, mask=inside, other=0.0)
-
-
-@_gluon
-def _clear(x, t, valid, WARPS: gl.constexpr):
+def _zero_outside(x, t, valid, WARPS: gl.constexpr):
     """Sets rows of a chunk in shared memory, which starts at t, to 0 outside of 0 .. valid."""
     C: gl.constexpr = x.shape[0]
     layout: gl.constexpr = _coalesced(x.shape[1], WARPS)
@@ -1385,23 +1345,14 @@ def _clear(x, t, valid, WARPS: gl.constexpr):
 
 
 @_gluon
-def _put(
-    o,
-    buffer,
-    O,
-    old,
-    t,
-    tokens,
-    stride,
-    column,
-    DIM: gl.constexpr,
-    WARPS: gl.constexpr,
-    ADD: gl.constexpr,
-):
-    """Stores O^T, plus `old` if ADD, through a buffer [C, BD]."""
+def _store_output(
+    o, buffer, O, old, t, tokens, stride, column,
+    DIM: gl.constexpr, WARPS: gl.constexpr, ADD: gl.constexpr,
+):  # fmt: skip
+    """Stores O^T, plus `old` if ADD, through a buffer [C, BD] in shared memory."""
     C: gl.constexpr = buffer.shape[0]
     BD: gl.constexpr = buffer.shape[1]
-    at, inside = _places(o, t, tokens, stride, column, DIM, C, BD, WARPS)
+    at, inside = _tile_pointers(o, t, tokens, stride, column, DIM, C, BD, WARPS)
     buffer.permute((1, 0)).store(O.to(buffer.dtype))
     out = buffer.load(_coalesced(BD, WARPS))
     if ADD:
@@ -1411,159 +1362,150 @@ def _put(
 
 @_gluon
 def _hopper_kernel(
-    qd,
-    kd,
-    vd,
-    wd,
-    g,
-    s0,
-    linked,
-    table,
-    s,
-    o,
-    y,
-    params,
-    K: gl.constexpr,
-    V: gl.constexpr,
-    BK: gl.constexpr,
-    BV: gl.constexpr,
-    C: gl.constexpr,
-    STAGES: gl.constexpr,
-    PACKED: gl.constexpr,
-    LINKED: gl.constexpr,
-    HAS_S0: gl.constexpr,
-    DUAL: gl.constexpr,
-):
-    """The steps of `_scan_kernel`, by the schedule above. qd, kd, vd and wd describe the arrays of
-    the operands as [B T, heads, head dim]."""
+    qd, kd, vd, q2d, g, s0, s_in, work_items, s, o, o2, params,
+    K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
+    STAGES: gl.constexpr, IS_VARLEN: gl.constexpr, SEGMENTED: gl.constexpr, HAS_S0: gl.constexpr,
+    FUSED: gl.constexpr,
+):  # fmt: skip
+    """The chunk scan by the schedule above. qd, kd, vd and q2d are descriptors of the operands as
+    [B T, heads, head dim]."""
     WARPS: gl.constexpr = BV // 16  # `_config` launches as many
     # S^T [BV, BK]: 16 rows for each warp
     LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
-    # o^T [BV, C] and y^T [BK, C]
+    # o^T [BV, C] and o2^T [BK, C]
     LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, C, 16])
     # scores [C, C]: a grid of 4 warps along the keys and WARPS / 4 along the queries
     LP: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, 4 * C // WARPS, 16])
     NK: gl.constexpr = (K + BK - 1) // BK
     NV: gl.constexpr = (V + BV - 1) // BV
     p = _Params(*params)
-    reverse, post, swapped, final_state = _switches(p.way)
-    turn = 1 - 2 * reverse
-    work = _find_work(table, p, 1, NV, reverse, PACKED, LINKED, ROWS_FIRST=False)
+    reverse, after_read, swapped, final_state = _unpack_flags(p.flags)
+    direction = 1 - 2 * reverse
+    work = _find_work(work_items, p, 1, NV, reverse, IS_VARLEN, SEGMENTED, ITEMS_FIRST=False)
     if work.tokens < 0:
         return
-    g2 = _bits_per_token(g, work, p)
-    arrays = _Four(qd, kd, vd, wd)
-    rows = _Four(
+    g2 = _log2_decay(g, work, p)
+    arrays = _PerOperand(qd, kd, vd, q2d)
+    rows = _PerOperand(
         (work.b * p.q_stride).to(gl.int32) + work.first,
         (work.b * p.k_stride).to(gl.int32) + work.first,
         (work.b * p.v_stride).to(gl.int32) + work.first,
-        (work.b * p.w_stride).to(gl.int32) + work.first,
+        (work.b * p.q2_stride).to(gl.int32) + work.first,
     )
     h = work.h
-    heads = _Four(
+    heads = _PerOperand(
         h // (p.H // p.q_heads),
         h // (p.H // p.k_heads),
         h // (p.H // p.v_heads),
-        h // (p.H // p.w_heads),
+        h // (p.H // p.q2_heads),
     )
     o += ((work.b * p.T + work.first) * p.H + h) * V
-    if DUAL:
-        y += ((work.b * p.T + work.first) * p.H + h) * K
-    s0 += _state(work, p.s0_stride, p) * K * V
-    s += _state(work, p.sequences, p) * K * V
-    last_piece = work.b * p.pieces + work.slot * p.pieces_per_segment - 1
-    linked += (last_piece * p.H + h) * K * V
+    if FUSED:
+        o2 += ((work.b * p.T + work.first) * p.H + h) * K
+    s0 += _state_offset(work, p.s0_stride, p) * K * V
+    s += _state_offset(work, p.sequences, p) * K * V
+    last_split = work.b * p.splits + work.slot * p.splits_per_segment - 1
+    s_in += (last_split * p.H + h) * K * V
 
     dtype: gl.constexpr = qd.dtype
     flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     v_column = work.v_tile * BV
-    for part in range(NK):
-        k_column = part * BK
+    for k_block in range(NK):
+        k_column = k_block * BK
         ck = k_column + gl.arange(0, BK, gl.SliceLayout(0, LS))[None, :]
         cv = v_column + gl.arange(0, BV, gl.SliceLayout(1, LS))[:, None]
         S = gl.full([BV, BK], 0.0, gl.float32, LS)
-        S = _enter(S, linked, s0, ck, cv, work, swapped, g2 * p.length, K, V, LINKED, HAS_S0)
+        S = _load_initial_state(
+            S, s_in, s0, ck, cv, work, swapped, g2 * p.length, K, V, SEGMENTED, HAS_S0
+        )
 
-        # allocated in the loop: `_enter` and `_leave` may move S through the same memory
+        # allocated in the loop, because loads and stores of S may use the same memory
         qb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], qd.layout)
         kb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], kd.layout)
         vb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BV], vd.layout)
         scores = gl.allocate_shared_memory(dtype, [C, C], flat)
         out = gl.allocate_shared_memory(dtype, [C, BV], flat)
-        wb, Sb, w_scores, y_out = vb, scores, scores, out  # not used without DUAL
-        if DUAL:
-            wb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BV], wd.layout)
+        q2b, Sb, q2_scores, o2_out = vb, scores, scores, out  # not used without FUSED
+        if FUSED:
+            q2b = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BV], q2d.layout)
             Sb = gl.allocate_shared_memory(dtype, [BV, BK], flat)
-            w_scores = gl.allocate_shared_memory(dtype, [C, C], flat)
-            y_out = gl.allocate_shared_memory(dtype, [C, BK], flat)
-        buffers = _Four(qb, kb, vb, wb)
+            q2_scores = gl.allocate_shared_memory(dtype, [C, C], flat)
+            o2_out = gl.allocate_shared_memory(dtype, [C, BK], flat)
+        buffers = _PerOperand(qb, kb, vb, q2b)
         full = hopper.mbarrier.allocate_mbarrier(batch=STAGES)
         for i in gl.static_range(STAGES):
             hopper.mbarrier.init(full.index(i), count=1)
-        hopper.fence_async_shared()  # the copies' hardware sees the barriers
+        hopper.fence_async_shared()  # TMA sees the barriers
         gl.barrier()
-        fetched = (work.valid + C - 1) // C  # chunks of a sequence; of other tokens nothing is read
+        loaded = (work.valid + C - 1) // C  # chunks: tokens of no sequence are not loaded
         t = (work.tokens - C) * reverse  # where the first chunk starts in the segment
-        step = turn * C
-        for i in range(gl.minimum(fetched, STAGES)):
-            _fetch(arrays, buffers, full, i, t + i * step, rows, heads, k_column, v_column, DUAL)
+        step = direction * C
+        for i in range(gl.minimum(loaded, STAGES)):
+            _start_loads(
+                arrays, buffers, full, i, t + i * step, rows, heads, k_column, v_column, FUSED
+            )
 
-        scale_q, scale_k = _scales(p.scale, post)
+        scale_q, scale_k = _scales(p.scale, after_read)
         key: gl.constexpr = gl.SliceLayout(1, LP)
         query: gl.constexpr = gl.SliceLayout(0, LP)
-        far = turn * (gl.arange(0, C, query)[None, :] - gl.arange(0, C, key)[:, None])  # [j, i]
+        i, j = gl.arange(0, C, query)[None, :], gl.arange(0, C, key)[:, None]
+        distance = direction * (i - j)
         first_rank = (C - 1) * reverse
-        rank_q = first_rank + turn * gl.arange(0, C, gl.SliceLayout(0, LO))
+        rank_q = first_rank + direction * gl.arange(0, C, gl.SliceLayout(0, LO))
         keys: gl.constexpr = gl.SliceLayout(0, gl.DotOperandLayout(0, LS, 2))
-        rank_k = first_rank + turn * gl.arange(0, C, keys)
-        D, eq = _query_decays(g2, scale_q, p.scale, far, rank_q, post)
-        ek = gl.exp2(g2 * (C - 1 - rank_k + post)) * scale_k
-        eS = gl.exp2(g2 * C)
+        rank_k = first_rank + direction * gl.arange(0, C, keys)
+        D, q_decay = _query_decays(g2, scale_q, p.scale, distance, rank_q, after_read)
+        k_decay = gl.exp2(g2 * (C - 1 - rank_k + after_read)) * scale_k
+        s_decay = gl.exp2(g2 * C)
         c, stage, phase = 0, 0, 0
         while c < (work.tokens + C - 1) // C:  # Triton's pipeliner would make `for` wait
-            x = _Four(
+            x = _PerOperand(
                 qb.index(stage).reshape([C, BK]),
                 kb.index(stage).reshape([C, BK]),
                 vb.index(stage).reshape([C, BV]),
-                wb.index(stage).reshape([C, BV]),
+                q2b.index(stage).reshape([C, BV]),
             )
-            if c < fetched:
+            if c < loaded:
                 hopper.mbarrier.wait(full.index(stage), phase)
-            # The copy of a short last chunk brings tokens that are not of the sequence. Where no
-            # token is of a sequence nothing was copied, and the buffers hold anything.
+            # The load of a short last chunk brings tokens that are not of the sequence. Without
+            # tokens of a sequence nothing is loaded, and the buffers hold anything.
             if (c + 1) * C > work.valid:
-                _clear(x.q, t, work.valid, WARPS)
-                _clear(x.k, t, work.valid, WARPS)
-                _clear(x.v, t, work.valid, WARPS)
-                if DUAL:
-                    _clear(x.w, t, work.valid, WARPS)
+                _zero_outside(x.q, t, work.valid, WARPS)
+                _zero_outside(x.k, t, work.valid, WARPS)
+                _zero_outside(x.v, t, work.valid, WARPS)
+                if FUSED:
+                    _zero_outside(x.q2, t, work.valid, WARPS)
                 m = gl.minimum(work.tokens - c * C, C)
-                ek = _key_decays(g2, scale_k, m, rank_k, post)
-                eS = gl.exp2(g2 * m)
-            if DUAL:
-                # No warp reads Sb now: each waited for Y, and then passed the barrier that the
-                # compiler puts between the store and the load of `_put`.
+                k_decay = _key_decays(g2, scale_k, m, rank_k, after_read)
+                s_decay = gl.exp2(g2 * m)
+            if FUSED:
+                # No warp reads Sb now: each waited for O2, and then passed the barrier that the
+                # compiler puts between the store and the load of `_store_output`.
                 Sb.store(S.to(dtype))
-            hopper.fence_async_shared()  # the products' hardware sees Sb and what was cleared
+            hopper.fence_async_shared()  # the products see Sb and the zeros
             gl.barrier()  # every warp is past the chunk before, so its buffer is free
-            if (c > 0) & (c - 1 + STAGES < fetched):
+            if (c > 0) & (c - 1 + STAGES < loaded):
                 free = (stage + STAGES - 1) % STAGES
                 ahead = t + (STAGES - 1) * step
-                _fetch(arrays, buffers, full, free, ahead, rows, heads, k_column, v_column, DUAL)
-            old = S  # not read where NK is 1
+                _start_loads(
+                    arrays, buffers, full, free, ahead, rows, heads, k_column, v_column, FUSED
+                )
+            decays = _Decays(D, q_decay, k_decay, s_decay)
+            old = S  # not read if NK is 1
             if NK > 1:
-                written = work.tokens * gl.minimum(part, 1)  # by the parts before
-                old = _read(o, t, written, p.H * V, v_column, V, C, BV, WARPS)
-            if DUAL:
-                O, Y, S, vw = _multiply_dual(x, scores, w_scores, Sb, S, D, eq, ek, eS, LO, LP)
+                written = work.tokens * gl.minimum(k_block, 1)  # by the K blocks before
+                at, inside = _tile_pointers(o, t, written, p.H * V, v_column, V, C, BV, WARPS)
+                old = gl.load(at, mask=inside, other=0.0)
+            if FUSED:
+                O, O2, S, vw = _start_fused_products(x, scores, q2_scores, Sb, S, decays, LO, LP)
                 O = hopper.warpgroup_mma_wait(2, [O])
-                _put(o, out, O, old, t, work.tokens, p.H * V, v_column, V, WARPS, False)
-                Y = hopper.warpgroup_mma_wait(1, [Y])
-                _put(y, y_out, Y, old, t, work.tokens, p.H * K, 0, K, WARPS, False)
+                _store_output(o, out, O, old, t, work.tokens, p.H * V, v_column, V, WARPS, False)
+                O2 = hopper.warpgroup_mma_wait(1, [O2])
+                _store_output(o2, o2_out, O2, old, t, work.tokens, p.H * K, 0, K, WARPS, False)
             else:
-                O, vt, S, vw = _multiply(x, scores, S, D, eq, ek, eS, LO, LP, NK > 1)
+                O, vt, S, vw = _start_products(x, scores, S, decays, LO, LP, NK > 1)
                 O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
-                _put(o, out, O, old, t, work.tokens, p.H * V, v_column, V, WARPS, NK > 1)
+                _store_output(o, out, O, old, t, work.tokens, p.H * V, v_column, V, WARPS, NK > 1)
             S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
             t += step
             c += 1
@@ -1571,34 +1513,23 @@ def _hopper_kernel(
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
-        _leave(S, s, s0, ck, cv, work, final_state, K, V, HAS_S0)
+        _store_final_state(S, s, s0, ck, cv, work, final_state, K, V, HAS_S0)
         if NK > 1:
-            gl.barrier()  # every warp is past the part: its outputs are read again
+            gl.barrier()  # every warp is past the K block, whose outputs are read again
             for i in gl.static_range(STAGES):
                 hopper.mbarrier.invalidate(full.index(i))
 
 
 @_kernel
 def _step_kernel(
-    q,
-    k,
-    v,
-    g,
-    s0,
-    s,
-    o,
-    params,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    HAS_S0: tl.constexpr,
-):
-    """`_scan_kernel` for sequences of one token (decoding): no matrix products, and the state is
-    read and written once. s may be s0."""
+    q, k, v, g, s0, s, o, params,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_S0: tl.constexpr,
+):  # fmt: skip
+    """The scan of one token (decoding): no matrix products, and the state is read and written once.
+    s may be s0."""
     NV: tl.constexpr = (V + BV - 1) // BV
     p = _Params(*params)
-    _, post, _, final_state = _switches(p.way)
+    _, after_read, _, final_state = _unpack_flags(p.flags)
     i = tl.program_id(0)
     tile, i = i % NV, i // NV
     h, b = i % p.H, (i // p.H).to(tl.int64)
@@ -1612,67 +1543,60 @@ def _step_kernel(
     vs = tl.load(v + cv, mask=cv < V, other=0.0).to(tl.float32)
     at = ck[:, None] * V + cv[None, :]
     inside = (ck < K)[:, None] & (cv < V)[None, :]
-    scale_q, scale_k = _scales(p.scale, post)
+    scale_q, scale_k = _scales(p.scale, after_read)
     S = ks[:, None] * (vs * scale_k)[None, :]  # [BK, BV]
     if HAS_S0:
         s0 += (b * p.s0_stride * p.H + h) * K * V
-        S += tl.load(s0 + at, mask=inside, other=0.0) * (1.0 if post > 0 else decay)
+        S += tl.load(s0 + at, mask=inside, other=0.0) * (1.0 if after_read > 0 else decay)
     out = tl.sum(qs[:, None] * S, 0) * scale_q
     tl.store(o + (b * p.H + h) * V + cv, out.to(o.dtype.element_ty), mask=cv < V)
     if final_state > 0:
         s += (b * p.H + h) * K * V
-        tl.store(s + at, S * (decay if post > 0 else 1.0), mask=inside)
+        tl.store(s + at, S * (decay if after_read > 0 else 1.0), mask=inside)
 
 
 # Their plan: pure functions of shapes -------------------------------------------------------------
 
-STATES_CHUNK = 64  # tokens per chunk of `_states_kernel`
-HOPPER_CHUNK = 64  # tokens per chunk of `_hopper_kernel`: `_config`'s stages and residents fit it
+STATES_CHUNK = 64  # tokens per chunk of `_chunk_state_kernel`
+HOPPER_CHUNK = 64  # tokens per chunk of `_hopper_kernel`; `_config` assumes this value
 SEGMENT = 512  # tokens that a segment has at least: its state must cost less than they do
 # KiB of shared memory per program
-_SHARED_MEMORY = {
-    "sm_80": 163,
-    "sm_87": 163,
-    "sm_86": 99,
-    "sm_89": 99,
-    "sm_90": 227,
-    "sm_100": 227,
-    "sm_120": 99,
-    "gfx942": 64,
-}
+_SHARED_MEMORY = dict(
+    sm_80=163, sm_87=163, sm_86=99, sm_89=99, sm_90=227, sm_100=227, sm_120=99, gfx942=64
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Config:
-    """How the scan is launched. `_config` alone chooses it; `bench.py --tune` measures what it
-    should choose."""
+    """How the scan is launched. `_config` alone chooses it."""
 
-    kernel: Any  # `_hopper_kernel` or `_scan_kernel`
+    kernel: Any  # `_hopper_kernel` or `_chunk_scan_kernel`
     C: int  # tokens per chunk: at least 16, for the matrix units
     BK: int  # columns of queries and keys per program
     BV: int  # columns of values per program
     num_warps: int
     num_stages: int  # chunks in flight, the one in use included
-    residents: int  # resident programs per processor
-    states_BK: int  # key columns per program of `_states_kernel`, beside 64 value columns
+    programs_per_sm: int
+    states_BK: int  # key columns per program of `_chunk_state_kernel`, beside 64 value columns
     states_stages: int  # chunks in flight there
 
 
-def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
+def _config(arch, num_sms, K, V, dtype, B, H, T, n, fused):
     """The launch configuration for B rows of T tokens in n sequences each, and H heads of head dims
-    K and V. S^T is at most [128, 128], to fit in registers. `dual`: for both scans of one state. If
-    the tile is not square or does not hold K and V, `_scan_triton` makes two scans instead."""
+    K and V. S^T is at most [128, 128], to fit in registers. `fused`: for both scans of one state.
+    If the tile is not square or does not hold K and V, `_scan_triton` makes two scans instead."""
     shared = _SHARED_MEMORY.get(arch, 64 if arch.startswith("gfx") else 99)
     itemsize, length = dtype.itemsize, -(-T // n)
-    BK, BV = min(_block(K), 128), min(_block(V), 128)
+    BK, BV = min(_next_power_of_2(K), 128), min(_next_power_of_2(V), 128)
     states_BK = 256 // itemsize  # whole rows of 256 bytes
     # a chunk in flight has tiles of keys and 64 values; 32 columns more pass through shared memory
     states_stages = min(4, shared * 1024 // (STATES_CHUNK * (states_BK + 64 + 32) * itemsize))
+    config = functools.partial(_Config, states_BK=states_BK, states_stages=states_stages)
 
     def narrow(BV, least, longest):
-        """Fewer values per program, where T is at most `longest` and the GPU holds all programs
-        that this makes. That costs less than the states between segments."""
-        while T <= longest and BV > least and 2 * B * n * H * -(-V // BV) <= processors:
+        """Fewer values per program, if T is at most `longest` and all resulting programs are
+        resident at once. That costs less than cutting the sequence into segments."""
+        while T <= longest and BV > least and 2 * B * n * H * -(-V // BV) <= num_sms:
             BV //= 2
         return BV
 
@@ -1682,20 +1606,11 @@ def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
     if arch == "sm_90" and itemsize == 2 and fits:
         if _HAS_HOPPER:
             BK = max(BK, 64)
-            BV = narrow(max(BV, 64), 64, 2 * SEGMENT - 1 if dual else 4 * SEGMENT)
-            stages = 2 if dual else 4
-            residents = 2 if BK == BV == 64 else 1  # by shared memory
-            return _Config(
-                kernel=_hopper_kernel,
-                C=HOPPER_CHUNK,
-                BK=BK,
-                BV=BV,
-                num_warps=BV // 16,  # 16 rows for each warp
-                num_stages=stages,
-                residents=residents,
-                states_BK=states_BK,
-                states_stages=states_stages,
-            )
+            BV = narrow(max(BV, 64), 64, 2 * SEGMENT - 1 if fused else 4 * SEGMENT)
+            stages = 2 if fused else 4
+            programs = 2 if BK == BV == 64 else 1  # by shared memory
+            warps = BV // 16  # 16 rows for each warp
+            return config(_hopper_kernel, HOPPER_CHUNK, BK, BV, warps, stages, programs)
         warnings.warn(
             "lightning_attn: this Hopper GPU runs the Triton kernel, which takes longer than the "
             "one in Gluon, because that cannot run: found triton "
@@ -1703,7 +1618,8 @@ def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
         )
 
     def fit(C, BV, stages):
-        """Whether tiles in flight, and what passes through shared memory, fit there."""
+        """Whether tiles in flight, and what passes through shared memory, fit there. Triton itself
+        takes less than 4 KiB."""
         return (stages * C * (2 * BK + BV) + C * max(C, 2 * BV)) * itemsize <= (shared - 4) * 1024
 
     BV = narrow(BV, 32, 2 * SEGMENT - 1)
@@ -1714,65 +1630,55 @@ def _config(arch, processors, K, V, dtype, B, H, T, n, dual):
     )
     # for short sequences, two programs of 4 warps at once beat one of 8
     warps = 8 if BK * BV > 64 * 64 and C > 16 else 4
-    return _Config(
-        kernel=_scan_kernel,
-        C=C,
-        BK=BK,
-        BV=BV,
-        num_warps=warps,
-        num_stages=1 if length <= C else stages,
-        residents=1,
-        states_BK=states_BK,
-        states_stages=states_stages,
-    )
+    return config(_chunk_scan_kernel, C, BK, BV, warps, 1 if length <= C else stages, 1)
 
 
-def _block(d):
+def _next_power_of_2(d):
+    """... from 16 on."""
     return max(16, 1 << (d - 1).bit_length())
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cut:
-    """How sequences are cut in segments, and segments in pieces. Without pieces, no segment follows
-    another."""
+class _Segments:
+    """How batch rows are cut into segments, and segments into splits. Without splits, no segment
+    has a successor."""
 
-    segment: int  # tokens
-    piece: int  # tokens
-    pieces_per_segment: int
-    pieces: int  # of a batch row: those of segments that another one follows; all if `only_state`
-    BK: int  # the tile of `_states_kernel`
+    length: int  # tokens per segment
+    split: int  # tokens per split
+    splits_per_segment: int
+    splits: int  # per batch row, of segments with a successor; of all segments if `only_state`
+    BK: int  # the tile of `_chunk_state_kernel`
     BV: int
 
 
-def _cut(config, processors, itemsize, B, H, T, K, V, states_K, states_V, only_state):
-    """The `_Cut` of B rows of T tokens, for head dims K and V. `_states_kernel` sees them as
-    `states_K` and `states_V`, which may be swapped."""
+def _plan_segments(config, num_sms, itemsize, B, H, T, K, V, states_K, states_V, only_state):
+    """The `_Segments` of B rows of T tokens, for head dims K and V. `_chunk_state_kernel` sees them
+    as `states_K` and `states_V`, which may be swapped."""
     programs = B * H * -(-V // config.BV)
-    # pieces whose states take a seventh of the memory of q, k, v and o; the last segment has none
+    # splits whose states take a seventh of the memory of q, k, v and o; the last segment has none
     room = itemsize * T * (K + V) // (14 * K * V)
     # as many segments as fill the GPU
-    segments = max(1, min(processors * config.residents // programs, T // SEGMENT, 1 + room))
-    BK, BV = min(_block(states_K), config.states_BK), min(_block(states_V), 64)
+    segments = max(1, min(num_sms * config.programs_per_sm // programs, T // SEGMENT, 1 + room))
+    BK, BV = min(_next_power_of_2(states_K), config.states_BK), min(_next_power_of_2(states_V), 64)
     tiles = -(-states_K // BK) * -(-states_V // BV)
-    # Many pieces, so that many programs at once sum the states of a head that never forgets: of
-    # other heads most pieces vanish. A power of two, because `tl.arange` counts a segment's pieces.
-    pieces = min(
+    # Many splits, so that many programs sum the states of a head that never forgets in parallel: of
+    # other heads most splits vanish. A power of two, because `tl.arange` counts a segment's splits.
+    splits = min(
         8,
-        3 * processors // (B * segments * tiles),
+        3 * num_sms // (B * segments * tiles),
         2 * T // (segments * SEGMENT),
         room // max(1, segments - 1),
     )
-    pieces = 1 << max(1, pieces).bit_length() - 1
-    piece = -(-T // (segments * pieces * config.C)) * config.C
+    splits = 1 << max(1, splits).bit_length() - 1
+    split = -(-T // (segments * splits * config.C)) * config.C
     if only_state:  # the last segment's state is wanted as well
-        return _Cut(piece, piece, 1, _row_count(T, 1, piece), BK, BV)
-    rows = _row_count(T, 1, piece, pieces)
-    return _Cut(piece * pieces, piece, pieces, rows, BK, BV)
+        return _Segments(split, split, 1, _count_items(T, 1, split), BK, BV)
+    return _Segments(split * splits, split, splits, _count_items(T, 1, split, splits), BK, BV)
 
 
 def _precision(op, arch):
-    """Triton's name for `jax.default_matmul_precision`, which names algorithms too. Names that are
-    not listed here ask for more than one pass of TF32."""
+    """Triton's name for `jax.default_matmul_precision`, which names algorithms too. On NVIDIA GPUs
+    names that are not listed here ask for more than one pass of TF32."""
     if arch.startswith("gfx"):
         return "ieee"
     fast = "default", "bfloat16", "tensorfloat32", "F16_F16_F16", "F16_F16_F32"
@@ -1786,7 +1692,7 @@ def _precision(op, arch):
 
 @functools.cache
 def _gpu():
-    """Architecture and number of processors of the first GPU; None where there is none."""
+    """Architecture and number of SMs of the first GPU; None without a GPU."""
     try:
         gpu = jax.devices("gpu")[0]
         arch = gpu.compute_capability
@@ -1805,7 +1711,7 @@ def _launch(kernel, *arrays, out, programs, params, in_place=None, **arguments):
         out_type=out,
         grid=(programs,),
         params=tuple(params),
-        # Triton 3.9 warns where this is left out, and 3.10 is to change what it stands for then
+        # Triton 3.9 warns if this is left out, because 3.10 is to change its default
         backend_options={"enable_fp_fusion": True},
         **arguments,
     )
@@ -1814,9 +1720,9 @@ def _launch(kernel, *arrays, out, programs, params, in_place=None, **arguments):
 
 def _in_place(call, arrays, in_place):
     """call(*arrays), of which XLA may give `in_place` {input: output} the same memory."""
-    # jax-triton would pass such an array once. That is wrong where XLA gives the output other
-    # memory after all: the output of a call in a loop that stacks outputs is a row of the stack. So
-    # the call is traced with separate outputs, and only its lowering learns of the sharing.
+    # jax-triton would pass such an array once. That is wrong if XLA gives the output other memory
+    # after all: the output of a call in a loop that stacks outputs is a row of the stack. So the
+    # call is traced with separate outputs, and only its lowering learns of the sharing.
     jaxpr, out = jax.make_jaxpr(call, return_shape=True)(*arrays)
     (eqn,) = jaxpr.eqns
     operands = dict(zip(jaxpr.jaxpr.invars, arrays, strict=True))
@@ -1827,462 +1733,425 @@ def _in_place(call, arrays, in_place):
     return jax.tree.unflatten(jax.tree.structure(out), results)
 
 
-def _params(op, B, q, k, v, w, g, s0, sequences, swapped):
-    """The `_Params` of a scan that do not depend on how it is cut."""
-    T, H = q.shape[1], g.shape[1]
-    way = _Way.REVERSE * op.reverse | _Way.POST * op.post
-    way |= _Way.SWAPPED * swapped | _Way.FINAL_STATE * op.final_state
-    w = v if w is None else w
-    return _Params(
-        scale=float(op.scale),
-        way=int(way),
-        T=T,
-        H=H,
-        q_heads=q.shape[2],
-        k_heads=k.shape[2],
-        v_heads=v.shape[2],
-        w_heads=w.shape[2],
-        q_stride=_tokens_apart(q, B),
-        k_stride=_tokens_apart(k, B),
-        v_stride=_tokens_apart(v, B),
-        w_stride=_tokens_apart(w, B),
-        s0_stride=sequences if s0 is not None and s0.shape[0] == B else 0,
-        g_stride=H if g.shape[0] > 1 else 0,
-        sequences=sequences,
-    )
+def _params(op, x, B, sequences=1, swapped=False):
+    """The `_Params` of a scan that do not depend on its segments."""
+    flags = _Flags.REVERSE * op.reverse | _Flags.DECAY_AFTER_READ * op.after_read
+    flags |= _Flags.SWAPPED * swapped | _Flags.FINAL_STATE * op.final_state
+    found = dict(T=x.v.shape[1], H=x.g.shape[1], sequences=sequences)
+    for name, a in x._asdict().items():
+        if a is not None and f"{name}_stride" in _Params._fields:
+            found[f"{name}_stride"] = a.shape[1] if a.shape[0] == B else 0
+        if a is not None and f"{name}_heads" in _Params._fields:
+            found[f"{name}_heads"] = a.shape[2]
+    return _Params(scale=float(op.scale), flags=int(flags), **found)
 
 
-def _tokens_apart(x, B):
-    """How many tokens lie between the rows of x [B | 1, T, H, D]: 0 where all rows share it."""
-    return x.shape[1] if x.shape[0] == B else 0
+def _with_items(op, params, cu_seqlens, length, items, splits=0):
+    """The work items of `length` tokens each, and the parameters that describe them. A plain batch
+    has `items` per row, which kernels compute."""
+    if cu_seqlens is None:
+        return None, params._replace(length=length, items=items)
+    work_items = _batched_work_items(params.T, cu_seqlens, length, op.reverse, splits)
+    rows, items, columns = work_items.shape
+    stride = items * columns if rows > 1 else 0
+    return work_items, params._replace(length=length, items=items, items_stride=stride)
 
 
-def _rows_of_work(op, params, cu, length, rows, pieces=0):
-    """The table of work in rows of `length` tokens and the parameters that describe the table. A
-    plain batch has no table, and `rows` rows."""
-    if cu is None:
-        return None, params._replace(length=length, rows=rows)
-    table = _tables(params.T, cu, length, op.reverse, pieces)
-    batch_rows, rows, columns = table.shape
-    stride = rows * columns if batch_rows > 1 else 0
-    return table, params._replace(length=length, rows=rows, table_stride=stride)
-
-
-def _scan_triton(op, q, k, v, g, s0, cu, w=None, swapped=False):
-    """The scan by kernels; results as `_scan`'s. `swapped`: the states of segments are summed with
-    k and v exchanged. Where K = V, the states of a scan and of its transpose then are equal
-    launches, of which XLA makes one."""
-    (T, _, K), V, H = q.shape[1:], v.shape[3], g.shape[1]
-    B, n = _batch(q, k, v, g, s0, cu, w), 1 if cu is None else cu.shape[1] - 1
-    arch, processors = _gpu() or ("sm_80", 108)  # traced, and never lowered, where there is no GPU
-    config = _config(arch, processors, K, V, q.dtype, B, H, T, n, w is not None)
+def _scan_triton(op, x, swapped=False):
+    """The scan by kernels; results as `_scan`'s. `swapped`: the states of splits are summed with k
+    and v exchanged. If K = V, the states of a scan and of its transpose then are equal launches, of
+    which XLA makes one."""
+    B, T, H, K, V, n = _sizes(x)
+    fused, itemsize = x.q2 is not None, x.q.dtype.itemsize
+    arch, num_sms = _gpu() or ("sm_80", 108)  # without a GPU the launch is traced, never lowered
+    config = _config(arch, num_sms, K, V, x.q.dtype, B, H, T, n, fused)
     one_tile = max(K, V) <= config.BK == config.BV
-    if w is not None and not (config.kernel is _hopper_kernel and one_tile):
-        stateless = dataclasses.replace(op, final_state=False)
-        # each of the two scans is to have the rows of both, q's and w's
-        g = g if q.shape[0] == w.shape[0] else jnp.broadcast_to(g, (B, H))
-        o, s, _ = _scan_triton(op, q, k, v, g, s0, cu)
-        y, *_ = _scan_triton(stateless, w, v, k, g, _transposed(s0), cu, swapped=True)
-        return o, s, y
-
-    params = _params(op, B, q, k, v, w, g, s0, n, swapped)
-    if T == 1 and cu is None and not op.only_state:
-        return _launch_step(op, params, B, q, k, v, g, s0)
-    states_of = (v, k) if swapped else (k, v)
-    states_K, states_V = (x.shape[3] for x in states_of)
-    itemsize = q.dtype.itemsize
-    cut = _cut(config, processors, itemsize, B, H, T, K, V, states_K, states_V, op.only_state)
+    if fused and not (config.kernel is _hopper_kernel and one_tile):
+        # each of the two scans is to have the rows of both, q's and q2's
+        same_rows = x.q.shape[0] == x.q2.shape[0]
+        x = x if same_rows else x._replace(g=jnp.broadcast_to(x.g, (B, H)))
+        o, s, _ = _scan_triton(op, x._replace(q2=None))
+        other = x._replace(q=x.q2, k=x.v, v=x.k, s0=_transposed(x.s0), q2=None)
+        o2, *_ = _scan_triton(dataclasses.replace(op, final_state=False), other, swapped=True)
+        return o, s, o2
+    if T == 1 and x.cu_seqlens is None and not op.only_state:
+        return _launch_step(op, x, B)
+    states_of = (x.v, x.k) if swapped else (x.k, x.v)
+    states_K, states_V = (a.shape[3] for a in states_of)
+    segments = _plan_segments(
+        config, num_sms, itemsize, B, H, T, K, V, states_K, states_V, op.only_state
+    )
     precision = _precision(op, arch)
-    linked = g  # stands for an array that no kernel touches, here and below
-    if cut.pieces:
-        linked = _launch_states(op, config, cut, params, B, *states_of, g, cu, precision)
+    s_in = x.g  # placeholder pointer: kernels never read or write it, here and below
+    if segments.splits:
+        states_x = _Operands(None, *states_of, x.g, cu_seqlens=x.cu_seqlens)
+        s_in = _launch_states(op, config, segments, states_x, B, precision)
     if op.only_state:
-        return jnp.zeros((B, 0, H, V), q.dtype), _state_after(cut, linked, g, T), None
-    return _launch_scan(op, config, cut, params, B, q, k, v, g, s0, cu, w, linked, precision)
+        return jnp.zeros((B, 0, H, V), x.q.dtype), _state_after(segments, s_in, x.g, T), None
+    return _launch_scan(op, config, segments, x, B, s_in, swapped, precision)
 
 
-def _outputs(op, params, B, K, V, dtype, dual=False):
-    """What a scan's kernel writes: s, o and y. A final state that nobody reads is no output: the
-    kernel gets an array instead, which it does not touch."""
-    states = jax.ShapeDtypeStruct((B, params.sequences, params.H, K, V), jnp.float32)
-    o, y = (jax.ShapeDtypeStruct((B, params.T, params.H, D), dtype) for D in (V, K))
-    return [states] * op.final_state + [o] + [y] * dual
+def _outputs(op, B, T, H, K, V, n, dtype, fused=False):
+    """What a scan's kernel writes: s, o and o2. A final state that nobody reads is no output: the
+    kernel gets a placeholder instead."""
+    states = jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
+    o, o2 = (jax.ShapeDtypeStruct((B, T, H, D), dtype) for D in (V, K))
+    return [states] * op.final_state + [o] + [o2] * fused
 
 
 def _results(op, out):
-    """o, s and y of those outputs; s or y is None where it is not asked for."""
+    """o, s and o2 of those outputs; s or o2 is None if it is not asked for."""
     out = iter(out)
     s = next(out) if op.final_state else None
     return next(out), s, next(out, None)
 
 
-def _launch_step(op, params, B, q, k, v, g, s0):
+def _launch_step(op, x, B):
     """The scan of plain batch rows of one token; results as `_scan`'s."""
-    K, V = q.shape[3], v.shape[3]
-    BK, BV = _block(K), min(_block(V), max(16, 8192 // _block(K)))
-    unwritten = [] if op.final_state else [g]
+    _, T, H, K, V, n = _sizes(x)
+    BK = _next_power_of_2(K)
+    BV = min(_next_power_of_2(V), max(16, 8192 // BK))
+    has_s0, unwritten = x.s0 is not None, [] if op.final_state else [x.g]
     out = _launch(
-        _step_kernel,
-        *(q, k, v, g, g if s0 is None else s0, *unwritten),
-        out=_outputs(op, params, B, K, V, q.dtype),
+        _step_kernel, x.q, x.k, x.v, x.g, x.s0 if has_s0 else x.g, *unwritten,
+        out=_outputs(op, B, T, H, K, V, n, x.q.dtype),
         # argument 4 is s0, output 0 the final state
-        in_place={4: 0} if s0 is not None and op.final_state and s0.shape[0] == B else None,
-        programs=B * params.H * -(-V // BV),
-        params=params,
-        K=K,
-        V=V,
-        BK=BK,
-        BV=BV,
-        HAS_S0=s0 is not None,
-        num_warps=4,
-        num_stages=1,
-    )
+        in_place={4: 0} if has_s0 and op.final_state and x.s0.shape[0] == B else None,
+        programs=B * H * -(-V // BV), params=_params(op, x, B),
+        K=K, V=V, BK=BK, BV=BV, HAS_S0=has_s0, num_warps=4, num_stages=1,
+    )  # fmt: skip
     return _results(op, out)
 
 
-def _launch_states(op, config, cut, params, B, keys, values, g, cu, precision):
-    """The states of pieces [B, pieces, H, V, K], where K and V are the columns of `keys` and
-    `values`. The last piece of each segment has the state that the next segment starts from, s0
-    left out, unless only states are wanted."""
-    H, K, V = params.H, keys.shape[3], values.shape[3]
-    # What these kernels do not read is left out, so that a scan and its transpose give equal ones.
-    params = _Params(
-        scale=params.scale,
-        way=int(params.way & (_Way.REVERSE | _Way.POST)),
-        T=params.T,
-        H=H,
-        k_heads=keys.shape[2],
-        v_heads=values.shape[2],
-        k_stride=_tokens_apart(keys, B),
-        v_stride=_tokens_apart(values, B),
-        g_stride=params.g_stride,
-        pieces=cut.pieces,
-        pieces_per_segment=cut.pieces_per_segment,
+def _launch_states(op, config, segments, x, B, precision):
+    """The states of splits [B, splits, H, V, K], where K and V are the columns of x.k and x.v. The
+    last split of each segment has the state that the next segment starts from, without s0, unless
+    only states are wanted."""
+    H, K, V, varlen = x.g.shape[1], x.k.shape[3], x.v.shape[3], x.cu_seqlens is not None
+    # a scan and its transpose give equal parameters, because nothing here depends on q and s
+    params = _params(dataclasses.replace(op, final_state=False), x, B)
+    params = params._replace(splits=segments.splits, splits_per_segment=segments.splits_per_segment)
+    work_items, params = _with_items(
+        op, params, x.cu_seqlens, segments.split, segments.splits, segments.splits_per_segment
     )
-    table, params = _rows_of_work(op, params, cu, cut.piece, cut.pieces, cut.pieces_per_segment)
-    table, packed = (g, False) if table is None else (table, True)
-    shape = jax.ShapeDtypeStruct((B, cut.pieces, H, V, K), jnp.float32)
+    work_items = work_items if varlen else x.g
+    shape = jax.ShapeDtypeStruct((B, segments.splits, H, V, K), jnp.float32)
+    tiles = -(-K // segments.BK) * -(-V // segments.BV)
     states = _launch(
-        _states_kernel,
-        *(keys, values, g, table),
-        out=shape,
-        programs=B * cut.pieces * H * -(-K // cut.BK) * -(-V // cut.BV),
-        params=params,
-        K=K,
-        V=V,
-        BK=cut.BK,
-        BV=cut.BV,
-        C=STATES_CHUNK,
-        PACKED=packed,
-        PRECISION=precision,
-        num_warps=4,
-        num_stages=config.states_stages,
-    )
+        _chunk_state_kernel, x.k, x.v, x.g, work_items,
+        out=shape, programs=B * segments.splits * H * tiles, params=params,
+        K=K, V=V, BK=segments.BK, BV=segments.BV, C=STATES_CHUNK, IS_VARLEN=varlen,
+        PRECISION=precision, num_warps=4, num_stages=config.states_stages,
+    )  # fmt: skip
     if op.only_state:
         return states
-    BE = min(512, _block(K * V))
-    walks = cut.pieces // cut.pieces_per_segment if packed else 1
+    BE = min(512, _next_power_of_2(K * V))
+    walks = segments.splits // segments.splits_per_segment if varlen else 1
     return _launch(
-        _link_kernel,
-        *(states, g, table),
-        out=shape,
-        in_place={0: 0},
-        programs=B * walks * H * -(-K * V // BE),
-        params=params._replace(rows=walks),
-        PIECES=cut.pieces_per_segment,
-        E=K * V,
-        BE=BE,
-        PACKED=packed,
-        num_warps=4,
-        num_stages=1,
-    )
+        _state_passing_kernel, states, x.g, work_items,
+        out=shape, in_place={0: 0}, programs=B * walks * H * -(-K * V // BE),
+        params=params._replace(items=walks),
+        SPLITS=segments.splits_per_segment, E=K * V, BE=BE, IS_VARLEN=varlen,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
 
 
-def _state_after(cut, states, g, T):
-    """The state [B, 1, H, K, V] after T tokens, from those of pieces [B, pieces, H, V, K]."""
-    B, pieces, H, *_ = states.shape
-    after = jnp.maximum(T - cut.piece * (1 + jnp.arange(pieces)), 0)  # tokens after each piece
-    weight = jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, pieces))
+def _state_after(segments, states, g, T):
+    """The state [B, 1, H, K, V] after T tokens, from those of splits [B, splits, H, V, K]."""
+    B, splits, H, *_ = states.shape
+    after = jnp.maximum(T - segments.split * (1 + jnp.arange(splits)), 0)  # tokens after each split
+    weight = jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, splits))
     return jnp.einsum("bzhvk,bhz->bhkv", states, weight, precision="highest")[:, None]
 
 
-def _launch_scan(op, config, cut, params, B, q, k, v, g, s0, cu, w, linked, precision):
-    """The scan of all segments, from their `linked` states; results as `_scan`'s."""
-    T, K, V, C = params.T, q.shape[3], v.shape[3], config.C
-    params = params._replace(pieces=cut.pieces, pieces_per_segment=cut.pieces_per_segment)
-    table, params = _rows_of_work(op, params, cu, cut.segment, _row_count(T, 1, cut.segment))
-    arrays = q, k, v
+def _launch_scan(op, config, segments, x, B, s_in, swapped, precision):
+    """The scan of all segments, from their states s_in; results as `_scan`'s."""
+    _, T, H, K, V, n = _sizes(x)
+    varlen, has_s0, fused = x.cu_seqlens is not None, x.s0 is not None, x.q2 is not None
+    params = _params(op, x, B, n, swapped)
+    params = params._replace(splits=segments.splits, splits_per_segment=segments.splits_per_segment)
+    count = _count_items(T, 1, segments.length)
+    work_items, params = _with_items(op, params, x.cu_seqlens, segments.length, count)
+    arrays = x.q, x.k, x.v
     if config.kernel is _hopper_kernel:
         # kernels that make descriptors need scratch memory, which CUDA graphs do not provide
         layout = gl.NVMMASharedLayout(128, 16, 3)
 
-        def described(x, BD):
-            rows, _, heads, dim = x.shape
+        def described(a, BD):
+            rows, _, heads, dim = a.shape
             shape, strides = (rows * T, heads, dim), (heads * dim, dim, 1)
-            return jax_triton.TensorDescriptor(x, shape, strides, (C, 1, BD), layout)
+            return jax_triton.TensorDescriptor(a, shape, strides, (config.C, 1, BD), layout)
 
-        qd, kd, vd = described(q, config.BK), described(k, config.BK), described(v, config.BV)
-        arrays = qd, kd, vd, vd if w is None else described(w, config.BV)
-        own = {"STAGES": config.num_stages, "num_stages": 1, "DUAL": w is not None}
-        own |= {"y": 0} if w is None else {}  # the kernel does not touch y then
+        qd, kd, vd = map(described, arrays, (config.BK, config.BK, config.BV))
+        arrays = qd, kd, vd, described(x.q2, config.BV) if fused else vd
+        own = {"STAGES": config.num_stages, "num_stages": 1, "FUSED": fused}
+        own |= {} if fused else {"o2": 0}  # the kernel does not touch o2 then
     else:
         own = {"num_stages": config.num_stages, "PRECISION": precision}
-    arrays = *arrays, g, g if s0 is None else s0, linked, g if table is None else table
-    unwritten = [] if op.final_state else [g]
+    unwritten = [] if op.final_state else [x.g]
     out = _launch(
-        config.kernel,
-        *(*arrays, *unwritten),
-        out=_outputs(op, params, B, K, V, q.dtype, w is not None),
-        programs=B * params.H * params.rows * -(-V // config.BV),
-        params=params,
-        K=K,
-        V=V,
-        BK=config.BK,
-        BV=config.BV,
-        C=C,
-        PACKED=cu is not None,
-        LINKED=cut.pieces > 0,
-        HAS_S0=s0 is not None,
-        num_warps=config.num_warps,
-        **own,
-    )
+        config.kernel, *arrays, x.g, x.s0 if has_s0 else x.g, s_in,
+        work_items if varlen else x.g, *unwritten,
+        out=_outputs(op, B, T, H, K, V, n, x.q.dtype, fused),
+        programs=B * H * params.items * -(-V // config.BV), params=params,
+        K=K, V=V, BK=config.BK, BV=config.BV, C=config.C, IS_VARLEN=varlen,
+        SEGMENTED=segments.splits > 0, HAS_S0=has_s0, num_warps=config.num_warps, **own,
+    )  # fmt: skip
     return _results(op, out)
 
 
 # How it composes: vmap, sharding, platforms -------------------------------------------------------
 #
 # A new operand of the scan goes into
-# - the API: `lightning_attn`, `lightning_attn_reference` and a check;
-# - `_scan` and its signature above `_Op`, `_scan_xla` with its `_vary`, and all calls of `_batch`;
-# - the gradients, from `_attend_fwd`, which finds g by its place, to `_decay_gradient`, and
-#   `_attend_across` to `_exchange`;
-# - `_scan_triton`, `_params`, `_Params`, which `_launch_states` makes anew, the launches, whose
-#   `in_place` counts arrays, and the kernels;
-# - `_OPERANDS`, `_head_count` if it has no heads, `_partition` if it may have fewer heads,
-#   `_sharding_rule` if it has a new dim, `_folded` if it stands before s0, and `_scan_nothing`.
-# Operands and results are positional, in the order of `_OPERANDS` and `_RESULTS`, save for kernels,
-# launches and `_decay_gradient`.
+# - the API (`lightning_attn`, `lightning_attn_reference`) and the checks;
+# - `_Operands` and `_DIMS`; `_Params`, if kernels need its heads or its stride;
+# - the math: `_scan_xla`, the kernels and their launches, `_gradients_by_scans`;
+# - `_attend_across`, for calls with seq_axis.
 
 
-def _scan(op, q, k, v, g, s0, cu, w=None):
+def _scan(op, x):
     """The entry point of every scan: adds the rules of vmap, sharding and platform. Returns o, s
-    and y; s or y is None where it is not asked for."""
-    return _folded(op)(q, k, v, g, s0, cu, w)
+    and o2; s or o2 is None if it is not asked for."""
+    return _with_vmap_rule(op)(x)
 
 
 @functools.cache
-def _folded(op):
-    """The scan with a vmap rule: the mapped axis is folded into the batch."""
+def _with_vmap_rule(op):
+    """The scan with a vmap rule: a mapped axis becomes a dim in front of the batch, of size 1 in
+    operands that are not mapped. `_dispatch` folds these dims, not this rule, because the compiler
+    cannot split the batch of a folded array."""
 
     @jax.custom_batching.custom_vmap
-    def scan(*operands):
-        return _sharded(op, *operands)
+    def scan(x):
+        return _with_sharding_rule(op, x)
 
     @scan.def_vmap
-    def _(size, mapped, *operands):
-        mapped = *mapped[:4], *map(bool, mapped[4:])  # custom_vmap gives an empty tree for None
-        rows = (x.shape[int(m)] for x, m in zip(operands, mapped) if x is not None)
-        B = _shared(rows)
-
-        def fold(x, is_mapped):
-            if x is None or not is_mapped and x.shape[0] == 1:
-                return x  # all rows share it
-            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
-            x = jnp.broadcast_to(x, (size, B, *x.shape[2:]))
-            return x.reshape(size * B, *x.shape[2:])
-
-        results = _scan(op, *map(fold, operands, mapped))
-        results = jax.tree.map(lambda x: x.reshape(size, B, *x.shape[1:]), results)
+    def _(size, mapped, x):
+        leaves, tree = jax.tree.flatten(x)
+        leaves = [a if m else a[None] for a, m in zip(leaves, jax.tree.leaves(mapped), strict=True)]
+        results = _scan(op, jax.tree.unflatten(tree, leaves))
         return results, jax.tree.map(lambda _: True, results)
 
     return scan
 
 
-# The dims of the operands and results of a scan: batch rows, tokens, heads, head dims K and V,
-# sequences, boundaries. The sharding rule and the shardings are made from this table.
-_OPERANDS = {
-    "q": "b t h k",
-    "k": "b t h k",
-    "v": "b t h v",
-    "g": "b h",
-    "s0": "b n h k v",
-    "cu": "b m",
-    "w": "b t h v",
-}
-_RESULTS = {"o": "b t h v", "s": "b n h k v", "y": "b t h k"}
-
-
-def _sharded(op, *operands):
+def _with_sharding_rule(op, x):
     """The scan with a sharding rule: each device scans its own batch rows and heads, and nothing is
     sent."""
-    shapes = {name: x.shape for name, x in zip(_OPERANDS, operands) if x is not None}
     mesh = jax.sharding.get_abstract_mesh()
-    # devices that the compiler may use
-    left = math.prod(n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
-    if not all(x.size for x in operands if x is not None) or mesh.manual_axes and left == 1:
-        return _on_platform(op, *operands)
-    # jit, because custom_partitioning takes no constants: those that a call folds become its own
-    call = custom_partitioning(jax.jit(functools.partial(_on_platform, op)))
-    partition = functools.partial(_partition, op, shapes, mesh)
-    call.def_partition(partition, **_sharding_rule(op, shapes))
-    return call(*operands)
+    free = math.prod(n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
+    if not all(a.size for a in jax.tree.leaves(x)) or mesh.manual_axes and free == 1:
+        return _dispatch(op, x)
+    inside = free if mesh.manual_axes else None  # devices that a shard_map leaves to the compiler
+    dims = _dims(op, x)
+    # jit, because custom_partitioning takes no constants: jit makes closed-over constants its own
+    call = custom_partitioning(jax.jit(functools.partial(_dispatch, op)))
+    call.def_partition(
+        functools.partial(_partition, op, dims, inside),
+        sharding_rule=functools.partial(_sharding_rule, dims, inside),
+        decode_shardings=False,  # JAX decodes whole mesh axes: the compiler may split parts of them
+    )
+    return call(x)
 
 
-def _head_count(name, shape):
-    return shape[_OPERANDS[name].split().index("h")] if name != "cu" else 1
+class _Dims(NamedTuple):
+    operands: _Operands  # names of the dims of each operand
+    results: tuple  # names of the dims of each result
+    H: int
+    few: int  # heads of the operands that have fewer heads than the decay, but more than 1
 
 
-def _sharding_rule(op, shapes):
-    """What the compiler may split: batch rows, and heads, which operands share in groups. A factor
-    of the heads is named by the count that it completes: with 2 key heads and 8 query heads, keys
-    have h2 and queries (h2 h8), where h8 is 4."""
-    B, H = _shared(shape[0] for shape in shapes.values()), shapes["g"][1]
-    heads = {name: _head_count(name, shape) for name, shape in shapes.items()}
-    counts = sorted({1, *heads.values()})
-    sizes = {f"h{count}": count // fewer for fewer, count in itertools.pairwise(counts)}
-    # a dim of size 1 where others have more is a factor of its own, which nothing splits
+def _dims(op, x):
+    """The `_Dims` of a scan. A dim of size 1 that others have more of is "1". Fewer heads are
+    "few"."""
+    vmapped = [f"vmap{i}" for i in range(x.g.ndim - 2)]
+    sizes = zip(*(a.shape[: len(vmapped) + 1] for a in jax.tree.leaves(x)))
+    full = dict(zip([*vmapped, "b"], map(_shared, sizes)), h=x.g.shape[-1])
+
+    def name(dim, size):
+        return dim if size == full.get(dim, size) else "1" if size == 1 else "few"
+
+    operands = _Operands(
+        *(
+            None if a is None else list(map(name, [*vmapped, *dims.split()], a.shape))
+            for dims, a in zip(_DIMS, x)
+        )
+    )
+    wanted = zip(_RESULT_DIMS, (True, op.final_state, x.q2 is not None))
+    results = tuple([*vmapped, *dims.split()] if want else None for dims, want in wanted)
+    if op.only_state:
+        results[0][-3] = "no_tokens"
+    few = min((a.shape[-2] for a in x[:3] if a.shape[-2] > 1), default=full["h"])
+    return _Dims(operands, results, full["h"], few)
+
+
+def _sharding_rule(dims, inside, mesh, *_):
+    """What the compiler may split: batch rows, dims of vmap, and heads. Operands with fewer heads
+    share the factor "g" of the heads, which is as large as the devices can use: 2 key heads are
+    (g), and 8 query heads (g r). With 6 key heads on 4 devices, these are (g s), where g is 2."""
+    axes = [inside] if inside else [*mesh.shape.values()] or [jax.device_count()]
+    g = math.gcd(dims.few, math.prod(axes))
+    if axes[-1] % g and g % axes[-1]:  # the last axis, which usually splits heads, could not
+        g = math.gcd(dims.few, axes[-1])
+    g = g if dims.few < dims.H else dims.H
+    sizes = {"g": g, "r": dims.H // g, "s": dims.few // g}
+    of_dim = {"h": "gr", "few": "gs", "1": ""}
     own = map("one{}".format, itertools.count())
 
-    def write(pattern, rows, heads):
-        parts = [factor for factor in sizes if int(factor[1:]) <= heads]
-        words = {"b": "b" if rows == B else next(own), "h": " ".join(parts) or next(own)}
-        words["h"] = f"({words['h']})" if len(parts) > 1 else words["h"]
-        return [words.get(dim, dim) for dim in pattern.split()]
+    def write(dim):
+        if dim not in of_dim:
+            return dim
+        parts = [factor for factor in of_dim[dim] if sizes[factor] > 1] or [next(own)]
+        return parts[0] if len(parts) == 1 else f"({' '.join(parts)})"
 
-    tensors = [write(_OPERANDS[name], shapes[name][0], heads[name]) for name in shapes]
-    wanted = {"o": True, "s": op.final_state, "y": "w" in shapes}
-    results = [write(_RESULTS[name], B, H) for name in _RESULTS if wanted[name]]
-    if op.only_state:
-        results[0][1] = "no_tokens"
-    rule = " -> ".join(", ".join(map(" ".join, side)) for side in (tensors, results))
-    dims = [dim for tensor in tensors + results for dim in tensor]
+    sides = [[list(map(write, a)) for a in side if a] for side in (dims.operands, dims.results)]
+    words = [word for side in sides for a in side for word in a]
     # in order of appearance, as the compiler wants them
-    whole = dict.fromkeys(dim for dim in dims if dim in ("t", "no_tokens", "k", "v", "n", "m"))
-    unseen = {factor: size for factor, size in sizes.items() if factor not in dims}
-    return {"sharding_rule": rule, "need_replication_factors": tuple(whole), **unseen}
+    factors = dict.fromkeys(" ".join(words).replace("(", "").replace(")", "").split())
+    whole = tuple(f for f in factors if f in ("t", "no_tokens", "k", "v", "n", "m", "s"))
+    unseen = {f: size for f, size in sizes.items() if f in factors and f not in words}
+    rule = " -> ".join(", ".join(map(" ".join, side)) for side in sides)
+    return rule, {"need_replication_factors": whole, **unseen}
 
 
-def _partition(op, shapes, traced_mesh, mesh, _, results):
+def _partition(op, dims, inside, mesh, _, results):
     """How one device scans its part: mesh, function, shardings of the results and the operands."""
-    mesh, rows, heads = _split_of(results[0], mesh, traced_mesh)
-    devices, H = math.prod(mesh.shape[axis] for axis in heads), shapes["g"][1]
-    B = _shared(shape[0] for shape in shapes.values())
-    counts = {name: _head_count(name, shape) for name, shape in shapes.items()}
-    fewer = {name for name in {"q", "k", "v", "w"} & set(shapes) if counts[name] % devices}
-    fewer = {name for name in fewer if counts[name] > 1}
-    # a device selects the heads that it shares by its number, which is not known in a shard_map
-    if H % devices or fewer and traced_mesh.manual_axes:
-        heads, devices, fewer = (), 1, set()
+    o = results[0]
+    devices = sorted(o.sharding.device_set, key=lambda device: device.id)[:inside]
+    part = _parts(o, len(devices))
+    part[:, [-3, -1]] = 0  # tokens and columns stay whole
+    whole_heads = part.copy()
+    whole_heads[:, -2] = 0
+    count = 1 + int(part[:, -2].max())  # parts of the heads
+    # The heads of operands with few heads are in fewer parts, `few`, if devices share heads. A
+    # device selects its heads by its number among these, which is not known in a shard_map.
+    tries = (part, count, math.gcd(dims.few, count)), (part, count, 1), (whole_heads, 1, 1)
+    for part, count, few in *tries, (0 * part, 1, 1):  # noqa: B020
+        selects = few < min(dims.few, count)
+        if dims.H % count == 0 and not (selects and inside):
+            if axes := _axes(np.c_[part, part[:, -2] // (count // few)]):
+                break
+    names = [f"axis{i}" for i in range(len(axes))]
+    mesh = jax.sharding.Mesh(np.array(devices).reshape([size for size, _ in axes]), names)
 
-    def put(pattern, split_rows=True, split_heads=True):
-        split = {"b": rows if split_rows else (), "h": heads if split_heads else ()}
-        spec = PartitionSpec(*(split.get(dim) or None for dim in pattern.split()))
-        return NamedSharding(mesh, spec)
+    def axes_of(column):
+        steps = [(step[column], name) for (_, step), name in zip(axes, names) if step[column]]
+        return tuple(name for _, name in sorted(steps, reverse=True))
 
-    def put_operand(name):
-        if name not in shapes:
+    split = dict(zip([*dims.results[0], "few"], map(axes_of, range(part.shape[1] + 1))))
+
+    def put(named):
+        if named is None:
             return None
-        split_heads = name not in fewer and counts[name] > 1
-        return put(_OPERANDS[name], shapes[name][0] == B, split_heads)
+        return NamedSharding(mesh, PartitionSpec(*(split.get(dim) or None for dim in named)))
 
-    def own_heads(name, x):
-        if name not in fewer:
-            return x
-        return _heads_of_device(x, H // devices, devices, lax.axis_index(heads))
+    def own_heads(a, named):
+        if a is None or not selects or "few" not in named:
+            return a
+        number = lax.axis_index([name for name in split["h"] if name not in split["few"]])
+        return _heads_of_device(a, dims.H // count, count // few, number)
 
-    def one_device(*operands):
-        operands = map(own_heads, _OPERANDS, operands)
-        # the mesh at hand is not that of what a device has for itself
+    def one_device(x):
+        x = _Operands(*map(own_heads, x, dims.operands))
+        # each device sees unsharded arrays
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            return _on_platform(op, *operands)
+            return _dispatch(op, x)
 
-    patterns = zip(results, _RESULTS.values())
-    by_result = tuple(None if x is None else put(pattern) for x, pattern in patterns)
-    return mesh, one_device, by_result, tuple(map(put_operand, _OPERANDS))
+    return mesh, one_device, tuple(map(put, dims.results)), (_Operands(*map(put, dims.operands)),)
 
 
-def _split_of(x, mesh, traced_mesh):
-    """The mesh, and the axes of it over which the rows and heads of a result `x` are split."""
-    if isinstance(x.sharding, NamedSharding):
-        rows, _, heads, *_ = *x.sharding.spec, *(None,) * 4
-        rows, heads = (axes if isinstance(axes, tuple) else (axes,) for axes in (rows, heads))
-        return x.sharding.mesh, *(tuple(a for a in axes if a) for axes in (rows, heads))
-    # The compiler named no mesh: its devices are those of the mesh of the call, less the axes that
-    # a shard_map around the call took. The same sharding is looked for among all that split rows
-    # and heads over them.
-    free = [axis for axis in traced_mesh.axis_names if axis not in traced_mesh.manual_axes]
-    sizes = [traced_mesh.shape[axis] for axis in free]
-    devices = np.array([*x.sharding.device_set][: math.prod(sizes)])
-    mesh = jax.sharding.Mesh(devices.reshape(sizes), free)
-    wanted = x.sharding._to_xla_hlo_sharding(len(x.shape))
-    for count in range(len(free) + 1):
-        for axes in itertools.permutations(free, count):
-            for cut in range(count + 1):
-                rows, heads = axes[:cut], axes[cut:]
-                found = NamedSharding(mesh, PartitionSpec(rows or None, None, heads or None))
-                if found._to_xla_hlo_sharding(len(x.shape)) == wanted:
-                    return mesh, rows, heads
-    return mesh, (), ()
+def _parts(x, devices):
+    """Which part of each dim of x each device has, [devices, dims]."""
+    tiling = x.sharding._to_xla_hlo_sharding(len(x.shape))
+    if tiling.is_replicated():
+        return np.zeros((devices, len(x.shape)), int)
+    place = np.argsort(tiling.tile_assignment_devices())
+    parts = np.unravel_index(place, tiling.tile_assignment_dimensions())
+    return np.stack(parts[: len(x.shape)], -1)
+
+
+def _axes(part):
+    """The axes of a mesh, the major axis first, as (size, how many parts of each dim a step along
+    the axis moves on). None if `part` [devices, dims] is not made by such axes."""
+    axes, stride = [], 1
+    while stride < len(part):
+        step, k = part[stride], np.arange(len(part) // stride)
+        regular = (part[k * stride] == k[:, None] * step).all(1)
+        axes.insert(0, (max(2, int(np.argmin([*regular, False]))), step))
+        stride *= axes[0][0]
+    sizes, steps = zip(*axes)
+    index = np.indices(sizes).reshape(len(sizes), -1).T
+    return axes if np.array_equal(index @ np.array(steps), part) else None
 
 
 def _heads_of_device(x, heads, devices, device):
-    """The heads of x [B, T, heads of x, ...] that the `heads` heads of a device read: a single one,
-    or one for each."""
-    group = heads * devices // x.shape[2]
+    """The heads of x [..., heads of x, D] that the `heads` heads of a device read, of all that the
+    devices share: a single one, or one for each."""
+    group = heads * devices // x.shape[-2]
     if group % heads == 0:
-        return lax.dynamic_slice_in_dim(x, device * heads // group, 1, axis=2)
-    return jnp.take(x, (device * heads + jnp.arange(heads)) // group, axis=2)
+        return lax.dynamic_slice_in_dim(x, device * heads // group, 1, axis=-2)
+    return jnp.take(x, (device * heads + jnp.arange(heads)) // group, axis=-2)
 
 
 @_promotes
-def _on_platform(op, *operands):
+def _dispatch(op, x):
     """Triton or plain JAX, chosen when the computation is lowered unless `op.backend` names one."""
-    q, k, v, *_ = operands
-    if not (q.size and k.size and v.size):  # no tokens, or no batch: nothing to launch
-        return _vary(_scan_nothing(op, *operands), operands)
+    leaves, front = jax.tree.leaves(x), x.q.ndim - 3  # dims of vmap and the batch
+    rows = [_shared(sizes) for sizes in zip(*(a.shape[:front] for a in leaves))]
+
+    def fold(a):
+        shape = a.shape[front:]
+        shared = _shared(a.shape[:front]) == 1
+        return (a if shared else jnp.broadcast_to(a, (*rows, *shape))).reshape(-1, *shape)
 
     def on(scan):
-        def run(*operands):
-            return _vary(scan(op, *operands), operands)
+        def run(*leaves):
+            folded = jax.tree.unflatten(jax.tree.structure(x), leaves)
+            results = scan(op, jax.tree.map(fold, folded) if front > 1 else folded)
+            results = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), results)
+            return _pcast(results, _varying(leaves))
 
         return run
 
-    plain, kernels = on(_scan_xla), on(_scan_triton)
-    if op.backend is None:
-        return lax.platform_dependent(*operands, cuda=kernels, rocm=kernels, default=plain)
-    return (kernels if op.backend == "triton" else plain)(*operands)
+    with jax.named_scope(f"lightning_attn_{op.name}"):
+        if not (x.q.size and x.k.size and x.v.size):  # no tokens, or no batch: nothing to launch
+            return on(_scan_nothing)(*leaves)
+        plain, kernels = on(_scan_xla), on(_scan_triton)
+        if op.backend is None:
+            return lax.platform_dependent(*leaves, cuda=kernels, rocm=kernels, default=plain)
+        return (kernels if op.backend == "triton" else plain)(*leaves)
 
 
-def _scan_nothing(op, q, k, v, g, s0, cu, w):
+def _scan_nothing(op, x):
     """The scan of no tokens, or of no batch rows."""
-    B, T, H = _batch(q, k, v, g, s0, cu, w), q.shape[1], g.shape[1]
-    K, V, n = q.shape[3], v.shape[3], 1 if cu is None else cu.shape[1] - 1
-    o = jnp.zeros((B, 0 if op.only_state else T, H, V), v.dtype)
-    s = jnp.broadcast_to(jnp.zeros((), g.dtype) if s0 is None else s0, (B, n, H, K, V))
-    y = None if w is None else jnp.zeros((B, T, H, K), v.dtype)
-    return o, s if op.final_state else None, y
+    B, T, H, K, V, n = _sizes(x)
+    o = jnp.zeros((B, 0 if op.only_state else T, H, V), x.v.dtype)
+    s = jnp.broadcast_to(jnp.zeros((), x.g.dtype) if x.s0 is None else x.s0, (B, n, H, K, V))
+    o2 = None if x.q2 is None else jnp.zeros((B, T, H, K), x.v.dtype)
+    return o, s if op.final_state else None, o2
 
 
-def _vary(x, *like, but=()):
-    """`x`, varying over every shard_map axis that one of `like` varies over, save for some."""
-    axes = frozenset().union(*map(_varying, jax.tree.leaves(like))) - set(but)
+def _varying(*trees):
+    """The shard_map axes that any of the arrays varies over; none if shard_map does not check."""
+    axes = (jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(trees))
+    return frozenset().union(*axes)
+
+
+def _pcast(tree, axes):
+    """The arrays of `tree`, varying over these shard_map axes as well."""
     # sorted, because a set has another order in each process of a program
-    return jax.tree.map(lambda x: lax.pcast(x, tuple(sorted(axes - _varying(x))), to="varying"), x)
-
-
-def _varying(x):
-    """The shard_map axes that `x` varies over; none where shard_map does not check."""
-    return jax.typeof(x).manual_axis_type.varying
+    missing = lambda a: tuple(sorted(set(axes) - _varying(a)))
+    return jax.tree.map(lambda a: lax.pcast(a, missing(a), to="varying"), tree)
 
 
 def _spec(x):
-    return None if x is None else jax.typeof(x).sharding.spec
+    return jax.typeof(x).sharding.spec
 
 
 def _in_auto_mode(f, operands, out_specs):
     """f(*operands). On a mesh with Explicit axes, f runs in Auto mode, and `out_specs` shard its
     results."""
-    # arrays know their mesh where none is set
+    # arrays know their mesh, whether it is set or not
     of_arrays = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands))
     meshes = jax.sharding.get_abstract_mesh(), *of_arrays
     mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])
@@ -2301,46 +2170,48 @@ def _in_auto_mode(f, operands, out_specs):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend_across(op, axes, q, k, v, g, s0):
-    return _across_fwd(op, axes, q, k, v, g, s0)[0]
+def _attend_across(op, axes, x):
+    return _across_fwd(op, axes, x)[0]
 
 
 @_promotes
-def _across_fwd(op, axes, q, k, v, g, s0):
-    s_in, s = _exchange(op, axes, k, v, g, s0)
-    o, _ = _attend(dataclasses.replace(op, final_state=False), q, k, v, _vary(g, q), s_in, None)
-    return (o, s if op.final_state else None), (q, k, v, g, s0, s_in)
+def _across_fwd(op, axes, x):
+    s_in, s = _exchange(op, axes, x)
+    own = x._replace(g=_pcast(x.g, _varying(x.q)), s0=s_in)
+    o, *_ = _attend(dataclasses.replace(op, final_state=False), own)
+    return (o, s if op.final_state else None), (x, own)
 
 
 @_promotes
 def _across_bwd(op, axes, saved, cotangents):
-    q, k, v, g, s0, s_in = saved
-    do, ds = cotangents
+    (x, own), (do, ds) = saved, cotangents
     # with check_vma=False shard_map itself sums what devices return, and gives each device its part
     # of a shared cotangent
-    checked = set(axes) <= _varying(q)
+    checked = set(axes) <= _varying(x.q)
     ds = ds if checked else lax.psum(ds, axes)
-    ds_in, ds0 = _exchange(op.adjoint(), axes, q, do, g, ds)
-    dq, dk, dv, dg, *_ = _gradients(op, (q, k, v, _vary(g, q), s_in, None, ()), do, ds_in)
+    ds_in, ds0 = _exchange(op.adjoint(), axes, x._replace(k=x.q, v=do, s0=ds))
+    dx = _gradients(op, own, (), do, ds_in)
+    dg = dx.g
     if checked:
-        dg = lax.psum(dg, tuple(sorted(_varying(dg) - _varying(g))))
-    if s0 is None:
+        dg = lax.psum(dg, tuple(sorted(_varying(dg) - _varying(x.g))))
+    if x.s0 is None:
         ds0 = None
     elif not checked:
         ds0 /= lax.axis_size(axes)  # every device returns all of ds0
-    return dq, dk, dv, dg, ds0
+    return (dx._replace(g=dg, s0=ds0),)
 
 
 _attend_across.defvjp(_across_fwd, _across_bwd)
 
 
-def _exchange(op, axes, k, v, g, s0):
+def _exchange(op, axes, x):
     """The state that this device's tokens start from, and the final state of the whole sequence,
     which all devices have."""
-    only_state = dataclasses.replace(op, only_state=True, final_state=True)
-    _, own = _attend(only_state, k, k, v, _vary(g, k), None, None)  # k for q: no query is read
-    states_around = functools.partial(_states_around, op, axes, k.shape[1])
-    return _in_auto_mode(states_around, (own, g, s0), (_spec(own), _spec(own)))
+    only_state = dataclasses.replace(op, only_state=True, final_state=True, name="state")
+    own = _Operands(x.k, x.k, x.v, _pcast(x.g, _varying(x.k)))  # k for q: no query is read
+    _, own, _ = _attend(only_state, own)
+    states_around = functools.partial(_states_around, op, axes, x.k.shape[1])
+    return _in_auto_mode(states_around, (own, x.g, x.s0), (_spec(own), _spec(own)))
 
 
 def _states_around(op, axes, T, own, g, s0):
@@ -2350,12 +2221,13 @@ def _states_around(op, axes, T, own, g, s0):
     to = {"to": "invarying"} if set(axes) <= _varying(own) else {}
     every = lax.all_gather(own, axes, **to)  # [devices, B, 1, H, K, V]
     every = jnp.flip(every, 0) if op.reverse else every  # in scan order
-    every = every if s0 is None else jnp.concatenate([s0[None], every])
+    if s0 is not None:
+        every = jnp.concatenate([s0[None], every])
     first = 0 if s0 is None else 1
     rank = lax.axis_index(axes)
     rank = devices - 1 - rank if op.reverse else rank
 
-    def after(devices_before):  # the state after so many devices, s0 included
+    def after(devices_before):  # the state after `devices_before` devices, s0 included
         age = devices_before - 1 + first - jnp.arange(every.shape[0])
         decay = jnp.exp(g[..., None] * T * jnp.maximum(age, 0))
         weight = jnp.where(age >= 0, decay, 0)  # [B | 1, H, devices (+ 1)]
@@ -2368,10 +2240,10 @@ def _states_around(op, axes, T, own, g, s0):
 # Checks -------------------------------------------------------------------------------------------
 #
 # Messages are "argument: expected ..., got ...". A check of values must not wait for a device while
-# something is traced: it looks only at values that are at hand.
+# something is traced, so it looks only at concrete values.
 
 
-def _operands(query, key, value):
+def _qkv(query, key, value):
     """q, k and v, checked."""
     q = _array("query", query, ("batch", "seq_len", "num_heads", "qk_head_dim"), jnp.floating)
     B, T, H, K = q.shape
@@ -2401,7 +2273,7 @@ def _operands(query, key, value):
 
 
 def _symbolic(what, size, least):
-    """Raises where a symbolic size, of a `jax.export`, may be less."""
+    """Raises if a symbolic size, of a `jax.export`, may be less."""
     try:
         enough = bool(size >= least)
     except jax.errors.InconclusiveDimensionOperation:
@@ -2427,12 +2299,12 @@ def _log_decays(q, layer_idx, num_layers, g_gamma):
             raise ValueError(f"g_gamma: expected log decays <= 0, got {value.max()}")
     # Decays that could not be checked must not grow. (jnp.minimum would halve the gradient at 0.)
     g = jnp.where(g > 0, 0, g)
-    # e^g is 0 from far before -1e5 on; -inf times a distance of 0 would be NaN
+    # exp(g) underflows long before g = -1e5. The clamp avoids -inf times a distance of 0, a NaN.
     return jnp.maximum(g.astype(dtype), -1e5)
 
 
 def _layer(layer_idx, num_layers):
-    """`layer_idx` and `num_layers`, checked: as ints where their values are at hand."""
+    """`layer_idx` and `num_layers`, checked: as ints if they are concrete."""
     x = layer_idx
     if isinstance(x, (jax.Array, np.ndarray)) and jnp.issubdtype(x.dtype, jnp.floating) and x.ndim:
         raise TypeError(
@@ -2461,11 +2333,13 @@ def _scaled(q, softmax_scale):
     scale = _scale(softmax_scale, q.shape[3])
     if isinstance(scale, float):
         return q, scale
-    return q * lax.convert_element_type(scale, q.dtype), 1.0
+    # in float32, because the scale's gradient is a sum over all of q
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    return (q.astype(wide) * lax.convert_element_type(scale, wide)).astype(q.dtype), 1.0
 
 
 def _scale(scale, K):
-    """The scale as a float, or as the scalar array that came where its value is not at hand."""
+    """The scale as a float, or the scalar array that came if it is not concrete."""
     if scale is None:
         return K**-0.5
     if isinstance(scale, (jax.Array, np.ndarray)) and scale.shape != ():
@@ -2483,22 +2357,22 @@ def _scale(scale, K):
     return value
 
 
-def _boundaries(cu, q):
-    """`cu_seqlens` as int32 or None, checked where its values are at hand."""
-    if cu is None:
+def _boundaries(cu_seqlens, q):
+    """`cu_seqlens` as int32 or None, checked if it is concrete."""
+    if cu_seqlens is None:
         return None
     B, T = q.shape[:2]
-    if isinstance(cu, (list, tuple)):
-        cu = _listed(cu)
+    if isinstance(cu_seqlens, (list, tuple)):
+        cu_seqlens = _listed(cu_seqlens)
     # Its values are read before they become int32, which would wrap large ones.
-    array = _array("cu_seqlens", cu, ("num_seqs + 1",), jnp.integer)
+    array = _array("cu_seqlens", cu_seqlens, ("num_seqs + 1",), jnp.integer)
     if B != 1:
         raise ValueError(f"cu_seqlens: expected a batch of 1 to hold the packed sequences, got {B}")
     if not isinstance(array.shape[0], int):
         _symbolic("cu_seqlens: expected a symbolic number of boundaries", array.shape[0], 2)
     elif array.shape[0] < 2:
         raise ValueError(f"cu_seqlens: expected at least 2 boundaries, got {array.shape[0]}")
-    if (value := _known(cu)) is not None:
+    if (value := _known(cu_seqlens)) is not None:
         _known_boundaries(value, T)
         return array.astype(jnp.int32)
     # Traced values past the end stay past the end as int32, and negative ones negative.
@@ -2508,18 +2382,18 @@ def _boundaries(cu, q):
     return array.astype(jnp.int32)
 
 
-def _listed(cu):
+def _listed(cu_seqlens):
     """Boundaries in a list as numpy."""
-    if any(isinstance(x, jax.core.Tracer) for x in cu):
+    if any(isinstance(x, jax.core.Tracer) for x in cu_seqlens):
         raise TypeError(
             "cu_seqlens: expected an array or a list of numbers, got a list with a traced value: "
             "write jnp.array([...]) or jnp.stack([...])"
         )
-    for x in cu:
+    for x in cu_seqlens:
         scalar = _is_number(x, jnp.integer) and np.shape(x) == ()
         if not scalar or abs(int(x)) >= 2**63:
-            raise TypeError(f"cu_seqlens: expected integers, got {cu!r}")
-    return np.array([int(x) for x in cu], np.int64)
+            raise TypeError(f"cu_seqlens: expected integers, got {cu_seqlens!r}")
+    return np.array([int(x) for x in cu_seqlens], np.int64)
 
 
 def _known_boundaries(value, T):
@@ -2536,22 +2410,22 @@ def _known_boundaries(value, T):
         raise ValueError(f"cu_seqlens: expected boundaries up to seq_len, {T}, got {value[-1]}")
 
 
-def _initial_state(s0, q, v, cu):
+def _initial_state(s0, q, v, cu_seqlens):
     """The initial states in the dtype of states, or None."""
     if s0 is None:
         return None
     (B, T, H, K), V = q.shape, v.shape[3]
     n, count = B, "the batch"
-    if cu is not None:
-        n, count = cu.shape[0] - 1, "the number of packed sequences"
+    if cu_seqlens is not None:
+        n, count = cu_seqlens.shape[0] - 1, "the number of packed sequences"
     if getattr(s0, "shape", ())[1:] == (H, K, V) and s0.shape[0] != n:
         raise ValueError(f"initial_state: expected {n} states, {count}, got {s0.shape[0]}")
     s0 = _array("initial_state", s0, (n, H, K, V), jnp.floating, _layout_hint(s0, 1, T, H))
     return s0.astype(jnp.promote_types(q.dtype, jnp.float32))
 
 
-def _backend(backend, q, cu):
-    """The backend, checked: "xla" where there are no kernels for this call."""
+def _backend(backend, q, cu_seqlens):
+    """The backend, checked: "xla" if there are no kernels for this call."""
     if not (backend is None or isinstance(backend, str) and backend in ("triton", "xla")):
         raise ValueError(f'backend: expected None, "triton" or "xla", got {backend!r}')
     if backend == "triton" and triton is None:
@@ -2572,7 +2446,7 @@ def _backend(backend, q, cu):
         warnings.warn(f"{_SLOW}jax-triton or triton is not installed. {_NEEDS}")
     if triton is None or q.dtype == jnp.float64 or old:
         return "xla"
-    sizes = *q.shape, *(() if cu is None else cu.shape)
+    sizes = *q.shape, *(() if cu_seqlens is None else cu_seqlens.shape)
     if backend != "xla" and not all(isinstance(d, int) for d in sizes):
         raise ValueError(
             'backend: expected "xla" for symbolic shapes (jax.export), because kernels are '
@@ -2581,11 +2455,11 @@ def _backend(backend, q, cu):
     return backend
 
 
-def _axes(seq_axis, cu):
+def _seq_axes(seq_axis, cu_seqlens):
     """`seq_axis` as a tuple of names, or None."""
     if seq_axis is None:
         return None
-    if cu is not None:
+    if cu_seqlens is not None:
         raise ValueError(
             "seq_axis: expected None with cu_seqlens, because a pack cannot be cut inside its "
             f"sequences; got {seq_axis!r}. Give each device whole sequences instead: a pack of its "
@@ -2605,7 +2479,7 @@ def _axes(seq_axis, cu):
 
 
 def _static(name, x):
-    """Raises where `x` is not a bool."""
+    """Raises if `x` is not a bool."""
     if not isinstance(x, (bool, np.bool_)):
         traced = isinstance(x, jax.core.Tracer)
         hint = ": it is static, so a jit must not trace it (static_argnames)" if traced else ""
@@ -2620,7 +2494,7 @@ def _is_number(x, kind):
 
 
 def _integer(name, x):
-    """A scalar integer argument: as an int where its value is at hand."""
+    """A scalar integer argument: as an int if it is concrete."""
     if isinstance(x, (jax.Array, np.ndarray)) and x.shape != ():
         raise ValueError(f"{name}: expected a scalar, got shape {x.shape}")
     if not _is_number(x, jnp.integer):
@@ -2632,7 +2506,7 @@ def _integer(name, x):
 
 
 def _array(name, x, shape, kind, hint=""):
-    """`x` as a JAX array of that shape, where "batch" etc. name a free size, and kind of dtype."""
+    """`x` as a JAX array of that shape, in which names are free sizes, and kind of dtype."""
     if not isinstance(x, (jax.Array, np.ndarray)):
         raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
     fixed = [(want, got) for want, got in zip(shape, x.shape) if not isinstance(want, str)]
@@ -2646,11 +2520,8 @@ def _array(name, x, shape, kind, hint=""):
 
 
 def _known(x):
-    """`x` as numpy where its values are at hand, else None.
-
-    They are not where `x` is traced, where some of it lies on other hosts, and where `x` lies on a
-    device while something else is traced.
-    """
+    """`x` as numpy if it is concrete, else None. It is not concrete if it is traced, if some of it
+    lies on other hosts, or if it lies on a device while something else is traced."""
     if not isinstance(x, jax.Array):
         return np.asarray(x)
     if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
@@ -2660,8 +2531,8 @@ def _known(x):
 
 
 def _layout_hint(x, axis, T, H):
-    """What to add to a message where `x` has as many heads, along `axis`, as query has tokens:
-    query is [B, H, T, D] then."""
+    """What to add to a message if `x` has as many heads, along `axis`, as query has tokens: then
+    query is [B, H, T, D]."""
     shape = getattr(x, "shape", ())
     if len(shape) != (4 if axis else 1) or shape[axis] != T or T in (1, H):
         return ""

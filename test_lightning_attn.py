@@ -484,7 +484,7 @@ def test_heads_of_128_and_256(length, D, dtype):
 @parametrize("T, cu", [(130, None), (200, [0, 70, 70, 190])], ids=["batch", "packed"])
 def test_programs_that_take_half_the_values(path, T, cu, monkeypatch):
     LAUNCHED.clear()
-    monkeypatch.setattr(config_of_gluon, "processors", 132)
+    monkeypatch.setattr(config_of_gluon, "num_sms", 132)
     check_against_oracle(path, *inputs(14, 1, T, 2, 1, 128, 128, n=cu and len(cu) - 1), cu=cu)
     rows = 1 if cu is None else 5  # of a pack: 3 sequences, and the tokens before and after them
     assert ("_hopper_kernel", 2 * rows * 2) in LAUNCHED
@@ -620,9 +620,10 @@ def test_reference():
 def test_gradient_of_the_decay_where_one_chunk_is_all_and_heads_are_shared(precise):
     """XLA before jax 0.12 summed wrongly here, where XLA saw that the key heads were copies."""
     q, k, v, s0, do, ds = inputs(7, 1, 64, 2, 1, 8, 8)
-    op = la._Op(8**-0.5, False, False, "xla", "highest")
+    op = la._Op(8**-0.5, False, "xla", "highest")
     g = jnp.array([[0.0, -0.05]])
-    dg = lambda k, v: la._decay_gradient(op, q, k, v, g, s0[:, None], None, do, ds[:, None])
+    operands = lambda k, v: la._Operands(q, k, v, g, s0[:, None])
+    dg = lambda k, v: la._decay_gradient(op, operands(k, v), do, ds[:, None])
     assert_close(dg(k, v), dg(jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)))
 
 
@@ -857,7 +858,10 @@ def test_many_segments(path, reverse, cu):
     operands = inputs(7, 1, T, 3, 1, 16, 24, n=cu and 3)
     check_against_oracle(path, *operands, g=[0.0, -0.01, -3.0], reverse=reverse, cu=cu)
     if path in INTERPRETED:  # 3 heads, and 2 segments of 2 pieces before the last segment
-        assert {("_states_kernel", 12), ("_link_kernel", 3 if cu is None else 6)} < LAUNCHED
+        assert {
+            ("_chunk_state_kernel", 12),
+            ("_state_passing_kernel", 3 if cu is None else 6),
+        } < LAUNCHED
 
 
 @each_path
@@ -875,7 +879,7 @@ def test_segments_with_states_of_several_tiles(path, monkeypatch):
         check_against_oracle(path, q, k, v, s0, do, ds, g=g)
     if path in INTERPRETED:  # 2 pieces of a segment, 2 heads, 3 x 2 tiles or, for 16 bits, 2 x 2
         programs = 24 if path == "interpreter" else 16
-        assert {("_states_kernel", programs), ("_link_kernel", 40)} < LAUNCHED
+        assert {("_chunk_state_kernel", programs), ("_state_passing_kernel", 40)} < LAUNCHED
 
 
 @each_kernel_path
@@ -891,8 +895,8 @@ def test_segments_in_pieces(path, reverse, cu, precise, monkeypatch):
     module = module_of(path)
     arch, _ = module._gpu()
     LAUNCHED.clear()
-    processors = 9 if path == "interpreter" else 5
-    monkeypatch.setattr(module, "_gpu", lambda: (arch, processors))
+    num_sms = 9 if path == "interpreter" else 5
+    monkeypatch.setattr(module, "_gpu", lambda: (arch, num_sms))
     T = 3200
     if path != "gpu":
         T, cu = 760, cu and [0, 5, 600, 750]
@@ -902,7 +906,10 @@ def test_segments_in_pieces(path, reverse, cu, precise, monkeypatch):
     jax.clear_caches()
     assert_close(run_on(path, q, k, v, **options), run_on("xla", q, k, v, **options), 1e-5)
     if path in INTERPRETED:
-        assert {("_states_kernel", 24), ("_link_kernel", 3 if cu is None else 6)} < LAUNCHED
+        assert {
+            ("_chunk_state_kernel", 24),
+            ("_state_passing_kernel", 3 if cu is None else 6),
+        } < LAUNCHED
     jax.clear_caches()
 
 
@@ -915,7 +922,7 @@ def test_states_that_nobody_reads_are_not_written():
     def written(f, *args):
         found = recorded_launches("sm_90", f, *args)
         scans = [a for kernel, _, a, _ in found if kernel.__name__ == "_hopper_kernel"]
-        return [bool(la._Params(*a["params"]).way & la._Way.FINAL_STATE) for a in scans]
+        return [bool(la._Params(*a["params"]).flags & la._Flags.FINAL_STATE) for a in scans]
 
     def f(x, s0, final):
         options = dict(initial_state=s0, output_final_state=final, backend="triton")
@@ -923,9 +930,9 @@ def test_states_that_nobody_reads_are_not_written():
 
     total = lambda x: x.astype(jnp.float32).sum()
     loss = lambda x, s0: total(f(x, s0, False)[0])
-    # the first scan is both the forward scan and dq's, the second is both dv's and dk's
-    assert written(jax.grad(loss), x, None) == [0, 0]
-    assert written(jax.grad(loss, (0, 1)), x, s0) == [0, 1]
+    # forward, dq, and both dv and dk
+    assert written(jax.grad(loss), x, None) == [0, 0, 0]
+    assert written(jax.grad(loss, (0, 1)), x, s0) == [0, 0, 1]
     assert written(jax.grad(lambda x: sum(map(total, f(x, None, True)))), x) == [1, 0, 0]
 
 
@@ -939,7 +946,7 @@ def test_a_scan_and_its_transpose_sum_the_same_states():
         return lightning_attn(q, k, v, 1, 2, initial_state=s0, backend="triton")[0].sum()
 
     found = recorded_launches("sm_80", jax.grad(loss, (0, 1, 2, 3)), x, x, x, s0)
-    states = [launch[2:] for launch in found if launch[0].__name__ == "_states_kernel"]
+    states = [launch[2:] for launch in found if launch[0].__name__ == "_chunk_state_kernel"]
     assert len(states) == 4 and states[2] == states[3]
 
 
@@ -963,7 +970,7 @@ def test_states_of_segments_take_little_memory(B, T, H, D):
     x = jax.ShapeDtypeStruct((B, T, H, D), "bfloat16")
     f = lambda q, k, v: lightning_attn(q, k, v, 12, 24, backend="triton")
     found = recorded_launches("sm_90", f, x, x, x)
-    (z,) = (arrays[-1] for kernel, arrays, *_ in found if kernel.__name__ == "_states_kernel")
+    (z,) = (arrays[-1] for kernel, arrays, *_ in found if kernel.__name__ == "_chunk_state_kernel")
     assert z.dtype == "float32" and 4 * z.size <= 4 * 2 * B * T * H * D / 7
 
 
@@ -971,17 +978,17 @@ def test_states_of_segments_take_little_memory(B, T, H, D):
 @each_row(
     "dtype, H, T, n, forward, backward",
     [
-        ("bfloat16", 2, 8192, 1, "_hopper_kernel 64 128", "_hopper_kernel 64 128 dual"),
-        ("bfloat16", 2, 8192, 256, "_hopper_kernel 64 128", "_hopper_kernel 64 128 dual"),
-        ("bfloat16", 2, 8192, 1024, "_scan_kernel 16 128", "_scan_kernel 16 128"),
-        ("bfloat16", 100, 63, 1, "_scan_kernel 64 128", "_scan_kernel 64 128"),
+        ("bfloat16", 2, 8192, 1, "_hopper_kernel 64 128", "_hopper_kernel 64 128 fused"),
+        ("bfloat16", 2, 8192, 256, "_hopper_kernel 64 128", "_hopper_kernel 64 128 fused"),
+        ("bfloat16", 2, 8192, 1024, "_chunk_scan_kernel 16 128", "_chunk_scan_kernel 16 128"),
+        ("bfloat16", 100, 63, 1, "_chunk_scan_kernel 64 128", "_chunk_scan_kernel 64 128"),
         ("bfloat16", 2, 1023, 1, "_hopper_kernel 64 64", "_hopper_kernel 64 64"),
-        ("bfloat16", 66, 2048, 1, "_hopper_kernel 64 64", "_hopper_kernel 64 128 dual"),
-        ("bfloat16", 67, 2048, 1, "_hopper_kernel 64 128", "_hopper_kernel 64 128 dual"),
-        ("bfloat16", 8, 1023, 16, "_hopper_kernel 64 128", "_hopper_kernel 64 128 dual"),
-        ("float32", 33, 512, 1, "_scan_kernel 32 32", "_scan_kernel 32 32"),
-        ("float32", 34, 512, 1, "_scan_kernel 32 64", "_scan_kernel 32 64"),
-        ("float32", 2, 1024, 1, "_scan_kernel 32 128", "_scan_kernel 32 128"),
+        ("bfloat16", 66, 2048, 1, "_hopper_kernel 64 64", "_hopper_kernel 64 128 fused"),
+        ("bfloat16", 67, 2048, 1, "_hopper_kernel 64 128", "_hopper_kernel 64 128 fused"),
+        ("bfloat16", 8, 1023, 16, "_hopper_kernel 64 128", "_hopper_kernel 64 128 fused"),
+        ("float32", 33, 512, 1, "_chunk_scan_kernel 32 32", "_chunk_scan_kernel 32 32"),
+        ("float32", 34, 512, 1, "_chunk_scan_kernel 32 64", "_chunk_scan_kernel 32 64"),
+        ("float32", 2, 1024, 1, "_chunk_scan_kernel 32 128", "_chunk_scan_kernel 32 128"),
     ],
     id="{dtype}-H{H}-T{T}-n{n}",
 )
@@ -997,10 +1004,12 @@ def test_short_sequences_take_short_chunks_and_few_values(dtype, H, T, n, forwar
     def scans(f):
         found = [(kernel.__name__, a) for kernel, _, a, _ in recorded_launches("sm_90", f, x, cu)]
         found = [(name, a) for name, a in found if "scan" in name or "hopper" in name]
-        return [f"{name} {a['C']} {a['BV']}" + " dual" * a.get("DUAL", False) for name, a in found]
+        return [
+            f"{name} {a['C']} {a['BV']}" + " fused" * a.get("FUSED", False) for name, a in found
+        ]
 
     assert scans(call) == [forward]
-    both = [backward] if "dual" in backward else [backward] * 2
+    both = [backward] if "fused" in backward else [backward] * 2
     assert scans(jax.grad(call)) == [forward, forward, *both]
 
 
@@ -1275,9 +1284,9 @@ def test_vmap_copies_nothing_that_is_not_mapped(T):
     rows = {
         kernel.__name__: [array.shape[0] for array in arrays[:5]] for kernel, arrays, *_ in found
     }
-    scan = "_step_kernel" if T == 1 else "_scan_kernel"
+    scan = "_step_kernel" if T == 1 else "_chunk_scan_kernel"
     assert rows[scan] == [4, 1, 1, 1, 1], rows  # q, k, v, g, s0
-    assert T == 1 or rows["_states_kernel"][:3] == [1, 1, 1], rows
+    assert T == 1 or rows["_chunk_state_kernel"][:3] == [1, 1, 1], rows
 
 
 @each_path
@@ -1985,7 +1994,7 @@ def test_seq_axis_of_vmap():
 def test_states_of_2_31_tokens_before_a_device():
     """The number of tokens before a device is past int32, and decays must not wrap."""
     mesh, own, g = mesh_of(AUTO, t=8), jnp.ones((1, 1, 2, 1, 1)), jnp.array([[0.0, -1e-9]])
-    op = la._Op(1.0, False, False, "xla", None)
+    op = la._Op(1.0, False, "xla", None)
     before = lambda own: la._states_around(op, ("t",), 2**30, own, g, None)[1]
     states = jax.shard_map(before, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     want = np.exp(np.array([0.0, -1e-9])[:, None] * 2**30 * np.arange(8)).sum(1)
@@ -2508,7 +2517,7 @@ def test_versions_that_do_not_fit_the_kernels(name, version, monkeypatch):
     """One warning says what was found, what it costs and what to install. Plain JAX runs."""
     found = f"{name.replace('_', '-')} {version}"
     if version is None:
-        found = "failed with AttributeError: no such thing"
+        found = "AttributeError: no such thing"
 
         def find_spec(module, *_):
             if module == name:
@@ -2536,7 +2545,7 @@ def test_triton_without_gluon_for_hopper(monkeypatch):
     with pytest.warns(UserWarning) as caught:
         dtype = np.dtype("float16")
         config = other._config("sm_90", 132, 128, 128, dtype, 1, 8, 4096, 1, False)
-    assert config.kernel is other._scan_kernel
+    assert config.kernel is other._chunk_scan_kernel
     (said,) = (str(w.message) for w in caught)
     assert "triton" + la._HOPPER in said and f"found triton {la.triton.__version__}" in said
     other._gpu = lambda: None
@@ -2663,7 +2672,7 @@ def test_compiles_and_fits(arch, dtype):
     shapes = [(1, 4096, 2, D) for D in sizes] + [(1, 1, 2, 128)]
     if arch == "sm_90" and dtype != "float16":  # no argument is 1, which would be a constant
         shapes += [(2, 300, 4, 64), (2, 300, 4, 128)]
-    names = "BK", "BV", "BE", "C", "PACKED", "LINKED", "HAS_S0", "DUAL"
+    names = "BK", "BV", "BE", "C", "IS_VARLEN", "SEGMENTED", "HAS_S0", "FUSED"
     table = {}
     for B, T, H, D in shapes:
         x = jnp.zeros((B, T, H, D), dtype)
@@ -2683,7 +2692,7 @@ def test_compiles_and_fits(arch, dtype):
             # Two scans at once for head dims of 64, and programs of half the values for 128, use
             # all registers. Parts of the keys want more. Versions of ptxas and Triton differ.
             half_the_values = arguments.get("BV") == 64 and D == 128
-            if (arguments.get("DUAL") and D == 64) or half_the_values:
+            if (arguments.get("FUSED") and D == 64) or half_the_values:
                 few = 44
             else:
                 few = 512 if D > 128 else 0
@@ -3027,20 +3036,20 @@ def config_of_triton(arch, *shape):
     return la._config("sm_80", *shape)
 
 
-def config_of_gluon(arch, _, K, V, dtype, B, H, T, n, dual):
+def config_of_gluon(arch, _, K, V, dtype, B, H, T, n, fused):
     """The Hopper kernel whatever the dtype: float32 checks this kernel to 1e-5.
 
     With one processor no short sequence's values are cut: tiles stay as large as long sequences'.
     """
-    processors = config_of_gluon.processors
+    num_sms = config_of_gluon.num_sms
     K, V = (-(-size // 8) * 8 for size in (K, V))
     T = T if T == 1 else max(T, la.HOPPER_CHUNK)
-    config = la._config("sm_90", processors, K, V, np.dtype("float16"), B, H, T, 1, dual)
+    config = la._config("sm_90", num_sms, K, V, np.dtype("float16"), B, H, T, 1, fused)
     assert T == 1 or config.kernel is la._hopper_kernel
     return config
 
 
-config_of_gluon.processors = 1
+config_of_gluon.num_sms = 1
 
 
 def interpreted_call(
