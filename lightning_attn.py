@@ -1,15 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 The lightning-attn-jax authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except
-# in compliance with the License. You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software distributed under the License
-# is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express
-# or implied. See the License for the specific language governing permissions and limitations under
-# the License.
+# Copyright 2026 The lightning-attn-jax authors. Licensed under the Apache License, Version 2.0
+# (http://www.apache.org/licenses/LICENSE-2.0). Distributed on an "AS IS" BASIS, WITHOUT WARRANTIES
+# OR CONDITIONS OF ANY KIND, either express or implied.
 """Lightning attention for JAX: linear attention with a fixed decay per head.
 
 For one sequence and one head, with log decay g <= 0, a state S [K, V] is carried along the tokens:
@@ -37,8 +29,7 @@ Glossary
     q2, o2        queries that read S^T; what they read. fused: both scans in one
     P, D          scores q_i.k_j of a chunk; their decays with the scale and the causal mask
     i, j          a query and a key of a chunk
-    c, C          a chunk; tokens per chunk, which is one step of a loop
-    rank          index of a token in its chunk, in scan order
+    c, C, rank    a chunk, one step of a loop; its tokens; a token's index in it, in scan order
     segment       tokens that one program scans
     split         part of a segment. The states of splits are summed in parallel
     work item     the tokens of a chunk, a segment or a split (`_WorkItem`)
@@ -78,10 +69,7 @@ _NEEDS = f"They need Linux, Python >= 3.12 and: {_INSTALL}"
 def _fits(found, versions):
     """Whether the version `found` lies in `versions`, ">=a" or ">=a,<b". The first three parts of a
     version count, if they are numbers."""
-
-    def numbers(text):
-        return tuple(int(n) for n in text.split(".")[:3] if n.isdigit())
-
+    numbers = lambda text: tuple(int(n) for n in text.split(".")[:3] if n.isdigit())
     low, _, high = versions.removeprefix(">=").partition(",<")
     return numbers(low) <= numbers(found) and (not high or numbers(found) < numbers(high))
 
@@ -177,21 +165,22 @@ def lightning_attn(
     See arXiv:2307.14995, arXiv:2401.04658 and arXiv:2501.08313. Works under jit, grad (to any
     order), vmap, scan, remat, export and sharding. Differentiable with respect to `query`, `key`,
     `value`, `softmax_scale`, `initial_state` and `g_gamma`; both results may carry gradients.
-    Derivatives are reverse mode only: `jax.jvp` and `jax.jacfwd` raise.
+    Derivatives are reverse mode only: `jax.jvp`, `jax.jacfwd` and the function that `jax.linearize`
+    returns raise.
 
-    `jax.export` of symbolic shapes takes backend="xla". The batch, `seq_len` and the number of
-    boundaries may be symbolic. A symbolic `seq_len` must be known to be 64 or more, and symbolic
-    boundaries 2 or more. A jit over sharded arrays cannot be exported, because JAX cannot serialize
-    its partitioning: export a `jax.shard_map` instead.
+    Not `mask` or `segment_ids` but `cu_seqlens` separates sequences and padding. Not `causal` but
+    `reverse` chooses the tokens that a token reads: up to itself, or from itself on. Not `scale`
+    but `softmax_scale` scales.
 
-    There is no `mask` and no `segment_ids`: `cu_seqlens` separates sequences and padding. There is
-    no `causal`: every token reads the tokens up to itself, or from itself on with `reverse`. Other
-    libraries' `scale` is `softmax_scale`.
+    `jax.export` of symbolic shapes takes backend="xla". The batch, `seq_len`, known to be 64 or
+    more, and the number of boundaries, known to be 2 or more, may be symbolic. A jit over sharded
+    arrays cannot be exported, because JAX cannot serialize its partitioning: export a
+    `jax.shard_map` instead.
 
     Args:
-      query: [batch, seq_len, num_heads, qk_head_dim], float32, bfloat16 or float16 (in x64 mode
-        also float64, which takes plain JAX everywhere, even with backend="triton"). Head dims are 1
-        to 512, `seq_len` is 0 to 2**30.
+      query: [batch, seq_len, num_heads, qk_head_dim], float32, bfloat16 or float16. In x64 mode
+        also float64, which takes plain JAX, even with backend="triton". Head dims are 1 to 512,
+        `seq_len` is 0 to 2**30.
       key: [batch, seq_len, num_kv_heads, qk_head_dim], in the dtype of `query`. `num_kv_heads`
         divides `num_heads`; query head h reads key and value head
         h // (num_heads / num_kv_heads).
@@ -201,12 +190,11 @@ def lightning_attn(
         both out to give `g_gamma` instead. Values that are traced, or on a device while something
         is traced, cannot be checked: with layer_idx >= num_layers every decay is clipped to 0.
         Inside a `jax.shard_map` that splits the heads, the formula would number each device's heads
-        from 0, which is wrong and cannot be seen from inside. There, give each device its part of
-        `lightning_g_gamma(num_heads of all devices, ...)` as `g_gamma`.
+        from 0. There, give each device its part of `lightning_g_gamma(num_heads of all devices,
+        ...)` as `g_gamma`.
       softmax_scale: scale of the outputs, 0 or a normal number of float32; None means
-        qk_head_dim ** -0.5. A number is a constant of the compiled program: another number compiles
-        another program. A traced scale is not checked. It multiplies `query`, whose dtype the
-        product is rounded to.
+        qk_head_dim ** -0.5. Each number compiles a program of its own. A traced scale is not
+        checked. It multiplies `query`, and the product is rounded to the dtype of `query`.
       initial_state: [n, num_heads, qk_head_dim, v_head_dim], floating: the states that the
         sequences start from. n is the batch or the number of packed sequences. None means zeros.
       reverse: a static bool. True runs from the last token to the first: `initial_state` enters at
@@ -214,15 +202,15 @@ def lightning_attn(
       cu_seqlens: [num_seqs + 1] integers, concrete or traced: boundaries, from 0 up, of sequences
         that are packed in a batch of 1. Equal neighbours are an empty sequence. Tokens past the
         last boundary belong to no sequence: their outputs and gradients are 0, whatever they hold.
-        A traced `cu_seqlens` cannot be checked: lengths instead of boundaries pass in silence. A
-        sequence that runs backwards or outside of the tokens then counts as empty. So does a
-        sequence that starts before the first boundary or before the largest end of earlier
-        sequences. Traced boundaries may start after 0: tokens before them belong to no sequence.
+        Traced boundaries cannot be checked: lengths instead of boundaries pass in silence. They may
+        start after 0, and tokens before them belong to no sequence. A sequence counts as empty if
+        it runs backwards or outside of the tokens, or starts before the first boundary or before
+        the largest end of earlier sequences.
       g_gamma: [num_heads], log decay per token in nats, <= 0, possibly traced. Values above 0 raise
         if they are concrete. Otherwise they count as 0, and their gradient is 0.
       backend: None picks when the computation is lowered: Triton for cuda and rocm, plain JAX for
-        everything else. "triton" and "xla" force one of the two. On GPUs older than sm_80 None
-        takes plain JAX, and "triton" raises.
+        everything else and for GPUs older than sm_80. "triton" and "xla" force one of the two, and
+        "triton" raises on older GPUs.
       seq_axis: name of a `jax.shard_map` mesh axis, or a tuple of names, over which `seq_len` is
         split evenly, in order: one sequence on many devices. Only states cross it, never tokens.
         `initial_state` and `final_state` are those of the whole sequence.
@@ -237,17 +225,15 @@ def lightning_attn(
 
     Accuracy: states, decays and sums are float32. float32 inputs follow
     `jax.default_matmul_precision`: TF32 by default on GPUs, float32 for "high" and "highest".
-    Gradients have the dtype of their argument; float16 gradients of an `initial_state` round to 0
-    below g = -12 or so. The gradient of `g_gamma` is float32 throughout. The error of each head's
-    gradient is at most 2e-3 for float32 at "highest", and 1e-2 for 16 bits and TF32, relative to
-    the gradient or, if the gradient's terms cancel, to the root of the sum of their squares. The
-    gradient of `g_gamma` takes one more scan, in plain JAX on any backend. Under jit that scan does
-    not run unless somebody differentiates `g_gamma`. With float16 inputs, states and scaled scores,
-    q_i.k_j times `softmax_scale`, round to float16 before they are multiplied, and overflow there
-    past 65504.
+    Gradients have the dtype of their argument: those of a float16 `initial_state` round to 0 for
+    heads with g below -12 or so. The error of each head's gradient is at most 2e-3 for float32 at
+    "highest", and 1e-2 for 16 bits and TF32, relative to the gradient or, if the gradient's terms
+    cancel, to the root of the sum of their squares. The gradient of `g_gamma` is float32
+    throughout. It takes one more scan, in plain JAX on any backend, which does not run unless
+    somebody differentiates `g_gamma`. With float16 inputs, states and scaled scores, q_i.k_j times
+    `softmax_scale`, round to float16 before they are multiplied, and overflow there past 65504.
 
-    An eager call reads `g_gamma`, `cu_seqlens` and other small arguments, to check them, and so
-    waits for the device. A jit does not.
+    An eager call waits for the device, because it reads `g_gamma` and `cu_seqlens` to check them.
 
     Raises:
       TypeError, ValueError: before anything runs. The message names the argument, what was expected
@@ -338,7 +324,7 @@ def lightning_g_gamma(
     The formula is that of arXiv:2307.14995. `layer_idx` and `num_layers` are integers, possibly
     traced. They are checked as `lightning_attn` checks them.
     """
-    num_heads = _integer("num_heads", num_heads)
+    num_heads = _scalar("num_heads", num_heads)
     if not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"num_heads: expected a static integer of at least 1, got {num_heads!r}")
     layer_idx, num_layers = _layer(layer_idx, num_layers)
@@ -384,34 +370,27 @@ def _work_items(T, cu_seqlens, length, reverse=False, splits=0, of_sequences=Fal
     """Work items [R, 7] of `length` tokens each, where R is enough for any boundaries.
 
     Items are segments, anchored where the scan starts. With `splits`, they are the splits of all
-    segments that have a successor, so many per segment. Each interval has one item or more, which
+    segments that have a successor, `splits` per segment. Each interval has one item or more, which
     write its outputs and its state, unless the items are `of_sequences`: then only tokens of
     sequences have items."""
-    if cu_seqlens is None:  # one sequence, and nothing around it
-        bounds, is_sequence = T * jnp.arange(2), jnp.ones(1, bool)
-    else:
-        bounds, is_sequence = _intervals(T, cu_seqlens)
+    bounds, is_sequence = _intervals(T, cu_seqlens)
     tokens, intervals = bounds[1:] - bounds[:-1], is_sequence.shape[0]
     count = -(-tokens // (length * max(splits, 1)))
     count = jnp.where(is_sequence, count, 0) if of_sequences else jnp.maximum(count, 1)
     count = (count - 1) * splits if splits else count
-    R = _count_items(T, intervals, length, splits, of_sequences)
     ends = jnp.cumsum(count)
+    R = _count_items(T, intervals - 2 if of_sequences else intervals, length, splits, of_sequences)
     item = jnp.arange(R)
     of = jnp.cumsum(jnp.zeros(R, jnp.int32).at[ends].add(1, mode="drop"))  # each item's interval
     used, of = of < intervals, jnp.minimum(of, intervals - 1)
     before = item - (ends - count)[of]
     tokens = jnp.clip(tokens[of] - before * length, 0, length)
-    sequence = of
-    if cu_seqlens is not None:  # interval 1 is sequence 0
-        sequence = jnp.where((of > 0) & (of < intervals - 1), of - 1, -1)
+    first, end = bounds[of] + before * length, bounds[1:][of] - before * length
     columns = _WorkItem(
-        first=bounds[1:][of] - before * length - tokens
-        if reverse
-        else bounds[of] + before * length,
+        first=end - tokens if reverse else first,
         tokens=jnp.where(used, tokens, -1),
         valid=jnp.where(used & is_sequence[of], tokens, 0),
-        sequence=sequence,
+        sequence=jnp.where((of > 0) & (of < intervals - 1), of - 1, -1),
         items_before=before,
         items_after=count[of] - 1 - before,
         slot=item - of,
@@ -420,20 +399,18 @@ def _work_items(T, cu_seqlens, length, reverse=False, splits=0, of_sequences=Fal
 
 
 def _count_items(T, intervals, length, splits=0, of_sequences=False):
-    """How many `_work_items` T tokens have."""
-    if of_sequences:
-        n = intervals if intervals == 1 else intervals - 2
-        return (T - n) // length + n
+    """How many work items T tokens have at most."""
     if splits:
         return (T - 1) // (length * splits) * splits
-    return -(-T // length) if intervals == 1 else T // length + intervals
+    if of_sequences or intervals == 1:  # the last token of each interval starts no further item
+        return (T - intervals) // length + intervals
+    return T // length + intervals
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4, 5))  # so that all uses share one trace
 def _batched_work_items(T, cu_seqlens, *static):
     """`_work_items` of each batch row, [B | 1, R, 7]: one row for a plain batch."""
-    if cu_seqlens is None:
-        return _work_items(T, None, *static)[None]
+    cu_seqlens = T * jnp.arange(2)[None] if cu_seqlens is None else cu_seqlens
     return jax.vmap(lambda cu_seqlens: _work_items(T, cu_seqlens, *static))(cu_seqlens)
 
 
@@ -445,10 +422,9 @@ def _batched_work_items(T, cu_seqlens, *static):
 #     _scan(op, operands) -> o [B, T, H, V], s [B, n, H, K, V] | None, o2 [B, T, H, K] | None
 #
 # An operand may have one row instead of B: then all rows share that row. q, k, v and q2 may have
-# fewer heads than the decay: then groups of the decay's heads share each of them.
-#
-# A forward scan decays the state before it adds a token. Its adjoint runs backwards, and decays the
-# state after a token has read it.
+# fewer heads than the decay: then groups of the decay's heads share each of them. A forward scan
+# decays the state before it adds a token. Its adjoint runs backwards, and decays the state after a
+# token has read it.
 #
 # The scan works in chunks of C tokens. G groups of N chunks are the steps of a `lax.scan`. A group
 # multiplies for all its chunks at once; only states pass from chunk to chunk. Chunks lie in the
@@ -471,10 +447,6 @@ class _Op:
     def adjoint(self):
         return dataclasses.replace(self, reverse=not self.reverse, after_read=not self.after_read)
 
-    def scales(self):
-        """The scales of queries that read the state, and of keys that enter the state."""
-        return (1.0, self.scale) if self.after_read else (self.scale, 1.0)
-
 
 class _Operands(NamedTuple):
     """The operands of a scan. All but q, k, v and g may be None. vmap puts more dims in front."""
@@ -487,6 +459,10 @@ class _Operands(NamedTuple):
     cu_seqlens: Any = None
     q2: Any = None
 
+    def transposed(self, q):
+        """The operands of the scan in which queries q read S^T."""
+        return self._replace(q=q, k=self.v, v=self.k, s0=_transposed(self.s0), q2=None)
+
 
 # The dims: batch rows, tokens, heads, head dims K and V, sequences, boundaries. Launches, shardings
 # and the sharding rule are made from this table.
@@ -495,14 +471,10 @@ _RESULT_DIMS = "b t h v", "b n h k v", "b t h k"  # o, s, o2
 
 
 def _sizes(x):
-    """B, T, H, K, V and n of operands."""
+    """B, T, H, K, V and n of the operands x."""
     n = 1 if x.cu_seqlens is None else x.cu_seqlens.shape[1] - 1
-    return _batch(x), x.q.shape[1], x.g.shape[1], x.q.shape[3], x.v.shape[3], n
-
-
-def _batch(x):
-    """B of operands, each of which has B rows or one."""
-    return _shared(a.shape[0] for a in jax.tree.leaves(x))
+    B = _shared(a.shape[0] for a in jax.tree.leaves(x))
+    return B, x.q.shape[1], x.g.shape[1], x.q.shape[3], x.v.shape[3], n
 
 
 def _shared(sizes):
@@ -516,8 +488,9 @@ def _scan_xla(op, x, do=None, ds=None):
     B, T, H, K, V, n = _sizes(x)
     varlen, wide = x.cu_seqlens is not None, x.g.dtype
     dtype = x.v.dtype if do is None else wide
-    # a jvp of large groups takes long to compile
-    C, groups = _groups(T, n, x.cu_seqlens, max(K, V), GROUP if do is None else GROUP // 4)
+    # the jvp of a packed batch takes long to compile
+    most = GROUP if ds is None or not varlen else GROUP // 4
+    C, groups = _groups(T, n, x.cu_seqlens, max(K, V), most)
     N, i = groups.shape[2], jnp.arange(C)
     # Products of 16-bit numbers are exact in float32: more passes would change nothing.
     precision = op.precision if dtype == wide else "default"
@@ -534,62 +507,67 @@ def _scan_xla(op, x, do=None, ds=None):
         return jnp.einsum(indices, a, b, precision=precision, preferred_element_type=wide)
 
     distance = (i[:, None] - i) * (-1 if op.reverse else 1)  # from key j to query i in scan order
-    D = jnp.where(
-        distance >= 0, op.scale * _power(g, distance[None, None]), 0
-    )  # [B | 1, H, 1, i, j]
-    scale_q, scale_k = op.scales()
+    D = jnp.where(distance >= 0, op.scale * _power(g, distance[None, None]), 0)
+    scale_q, scale_k = (1.0, op.scale) if op.after_read else (op.scale, 1.0)
 
     def outputs(q, k, v, q_decay, S):
         """What queries read of the keys and values of their chunk, and of the state before it."""
-        P = dot("bhcik,bhcjk->bhcij", q, k) * D
-        of_state = scale_q * q_decay * dot("bhcik,bhckv->bhciv", q, S)
-        return (dot("bhcij,bhcjv->bhciv", P, v) + of_state).astype(dtype)
+        P = dot("bchik,bchjk->bchij", q, k) * D
+        of_state = scale_q * q_decay * dot("bchik,bchkv->bchiv", q, S)
+        return (dot("bchij,bchjv->bchiv", P, v) + of_state).astype(dtype)
 
     def group(carry, items):
         S, s, o, o2, total = carry
         item = _WorkItem(*jnp.moveaxis(items, -1, 0))  # [B | 1, N]
-        has_work = (item.valid > 0)[:, None, :, None, None]
         inside = i < item.valid[..., None]
         tokens = jnp.where(inside, item.first[..., None] + i, T)  # [B | 1, N, C]
 
         def load(a):
-            """Tokens of a [B | 1, T, Ha, D] in chunks [B, H, N, C, D]: 0 for those outside."""
+            """Tokens of a [B | 1, T, Ha, D] in chunks [B, N, H, C, D]: 0 for those outside."""
             Ha, D = a.shape[2:]
             if varlen:
                 a = jnp.where(inside[..., None, None], _rows_at(a, tokens), 0)
             else:
                 a = lax.dynamic_slice_in_dim(a, item.first[0, 0], N * C, 1)
-            a = jnp.moveaxis(a.reshape(-1, N, C, Ha, D), 3, 1).astype(dtype)
-            return jnp.broadcast_to(jnp.repeat(a, H // Ha, axis=1), (B, H, N, C, D))
+            a = a.reshape(-1, N, C, Ha, D).swapaxes(2, 3).astype(dtype)
+            return jnp.broadcast_to(jnp.repeat(a, H // Ha, axis=2), (B, N, H, C, D))
 
         def store(a, chunks):
-            chunks = jnp.moveaxis(chunks, 1, 3).reshape(B, N * C, H, -1)
+            chunks = chunks.swapaxes(2, 3).reshape(B, N * C, H, -1)
             if varlen:
                 return _put_rows(a, tokens.reshape(-1, N * C), chunks)
             return lax.dynamic_update_slice_in_dim(a, chunks, item.first[0, 0], 1)
 
         def states_of_sequences(a):
-            """The states of a [B | 1, n, H, K, V] for the sequences of the chunks."""
-            a = _rows_at(a, jnp.maximum(item.sequence, 0)) if varlen else a
-            return jnp.where(has_work, jnp.moveaxis(a, 2, 1), 0)
+            """The states of a [B | 1, n, H, K, V] for the sequences of the chunks. None means 0."""
+            if a is None:
+                return jnp.zeros((1, N, 1, 1, 1), wide)
+            a = _rows_at(a, jnp.maximum(item.sequence, 0))
+            return jnp.where((item.valid > 0)[..., None, None, None], a, 0)
 
         qs, ks, vs, q2s, dos = (a if a is None else load(a) for a in (q, k, v, q2, do))
-        q_decay, k_decay, s_decay = _decays(op, g, item.valid, C)
-        Z = dot("bhcjk,bhcjv->bhckv", ks * (scale_k * k_decay), vs)
-        entering = jnp.zeros((1, 1, N, 1, 1), wide) if x.s0 is None else states_of_sequences(x.s0)
-        S_in, S_out = _pass_states(op, item, s_decay, Z, entering, S)
-        S = S_out[:, :, 0 if op.reverse else N - 1]
-        left = item.items_before if op.reverse else item.items_after
-        ends = (item.valid > 0) & (left == 0)
+        valid = item.valid[..., None]
+        rank = valid - 1 - i if op.reverse else jnp.broadcast_to(i, inside.shape)
+        exponents = rank + (not op.after_read), valid - 1 - rank + op.after_read, valid
+        # Without the barrier XLA takes a power for each number that the decays multiply.
+        powers = lax.optimization_barrier(tuple(_power(g, a[..., None]) for a in exponents))
+        q_decay, k_decay, s_decay = powers  # [B | 1, N, H, C, 1] twice, [B | 1, N, H, 1, 1]
+        Z = dot("bchjk,bchjv->bchkv", ks * (scale_k * k_decay), vs)
+        before, after = item.items_before, item.items_after
+        before, after = (after, before) if op.reverse else (before, after)
+        entering = states_of_sequences(x.s0) if varlen else None
+        S_in, S_out = _pass_states(op, before == 0, s_decay, Z, entering, S)
+        S = S_out[:, 0 if op.reverse else N - 1]
+        ends = (item.valid > 0) & (after == 0)
         if do is not None:
             # without the barrier XLA on CPUs (jax 0.12.0.1) adds memory that nothing has written
             read, S_out = lax.optimization_barrier((outputs(qs, ks, vs, q_decay, S_in), S_out))
-            total += (read * dos).sum((2, 3, 4))
-            if ds is not None:
-                at_end = ends[:, None, :, None, None] * states_of_sequences(ds)
-                total += (at_end * S_out).sum((2, 3, 4))
+            total += (read * dos).sum((1, 3, 4))
+            if varlen and ds is not None:
+                at_end = ends[..., None, None, None] * states_of_sequences(ds)
+                total += (at_end * S_out).sum((1, 3, 4))
         if s is not None:
-            s = _put_rows(s, jnp.where(ends, item.sequence, n), jnp.moveaxis(S_out, 1, 2))
+            s = _put_rows(s, jnp.where(ends, item.sequence, n), S_out)
         o = o if o is None else store(o, outputs(qs, ks, vs, q_decay, S_in))
         o2 = o2 if o2 is None else store(o2, outputs(q2s, vs, ks, q_decay, _transposed(S_in)))
         return (S, s, o, o2, total), None
@@ -598,18 +576,20 @@ def _scan_xla(op, x, do=None, ds=None):
         unchanged = lambda carry, _: (carry, None)
         return lax.cond((items[..., 2] > 0).any(), group, unchanged, carry, items)
 
-    S, total, s, o, o2 = jnp.zeros((B, H, K, V), wide), jnp.zeros((B, H), wide), None, None, None
+    total, s, o, o2 = jnp.zeros((B, H), wide), None, None, None
+    # an empty sequence ends with the state that it starts from
+    s0 = jnp.broadcast_to(jnp.zeros((), wide) if x.s0 is None else x.s0, (B, n, H, K, V))
+    S = jnp.zeros((B, H, K, V), wide) if varlen else s0[:, 0]
     if do is None:
-        if op.final_state:  # an empty sequence ends with the state that it starts from
-            s = jnp.zeros((), wide) if x.s0 is None else x.s0
-            s = jnp.broadcast_to(s, (B, n, H, K, V))
+        s = s0 if varlen and op.final_state else None
         o = None if op.only_state else jnp.zeros((B, T + rest, H, V), dtype)
         o2 = None if q2 is None else jnp.zeros((B, T + rest, H, K), dtype)
     carry = _pcast((S, s, o, o2, total), _varying(x, do, ds))
     step = group_or_nothing if varlen else group
-    (_, s, o, o2, total), _ = lax.scan(step, carry, groups, reverse=op.reverse)
+    (S, s, o, o2, total), _ = lax.scan(step, carry, groups, reverse=op.reverse)
     if do is not None:
-        return total
+        return total if varlen or ds is None else total + (ds[:, 0] * S).sum((-1, -2))
+    s = s if varlen or not op.final_state else S[:, None]
     o = jnp.zeros((B, 0, H, V), dtype) if op.only_state else o[:, :T]
     return o, s, None if o2 is None else o2[:, :T]
 
@@ -633,34 +613,24 @@ def _groups(T, n, cu_seqlens, widest, most):
     return C, jnp.moveaxis(items.reshape(-1, G, N, 7), 1, 0)
 
 
-def _pass_states(op, item, s_decay, Z, entering, S):
-    """The states [B, H, N, K, V] before and after the chunks of a group. Chunks decay the state by
-    s_decay and add Z. Sequences start from `entering`; one that goes on starts from S."""
-    N = Z.shape[2]
-    starts = (item.items_after if op.reverse else item.items_before) == 0
-    starts = starts[:, None, :, None, None]
+def _pass_states(op, starts, s_decay, Z, entering, S):
+    """The states [B, N, H, K, V] before and after the chunks of a group. Chunks decay the state by
+    s_decay and add Z. The first state is S and, where a sequence `starts`, that of `entering`."""
+    N = Z.shape[1]
     before, after = [None] * N, [None] * N
     # Unrolled: a loop would launch a kernel per chunk. No matrix product, in which a NaN times 0
     # would reach the next sequence.
     for c in reversed(range(N)) if op.reverse else range(N):
-        before[c] = jnp.where(starts[:, :, c], entering[:, :, c], S)
-        after[c] = S = s_decay[:, :, c] * before[c] + Z[:, :, c]
-    return jnp.stack(before, 2), jnp.stack(after, 2)
-
-
-def _decays(op, g, valid, C):
-    """How chunks with `valid` [B | 1, N] tokens each decay what queries read of the state and what
-    keys add to the state, [B | 1, H, N, C, 1], and the state itself, [B | 1, H, N, 1, 1]."""
-    i, tokens = jnp.arange(C), valid[..., None]
-    rank = tokens - 1 - i if op.reverse else jnp.broadcast_to(i, (*valid.shape, C))
-    exponents = rank + (not op.after_read), tokens - 1 - rank + op.after_read, tokens
-    # Without the barrier XLA takes a power for each number that the decays multiply.
-    return lax.optimization_barrier(tuple(_power(g, x[..., None]) for x in exponents))
+        if entering is not None:
+            S = jnp.where(starts[:, c, None, None, None], entering[:, c], S)
+        before[c], after[c] = S, s_decay[:, c] * S + Z[:, c]
+        S = after[c]
+    return jnp.stack(before, 1), jnp.stack(after, 1)
 
 
 def _power(g, x):
-    """e^{g x}, or 1 if x < 0: [B | 1, H, N, ., .] of g [B | 1, H] and x [B | 1, N, ., .]."""
-    return jnp.exp(g[:, :, None, None, None] * jnp.maximum(x, 0)[:, None])
+    """e^{g x}, or 1 if x < 0: [B | 1, N, H, ., .] of g [B | 1, H] and x [B | 1, N, ., .]."""
+    return jnp.exp(g[:, None, :, None, None] * jnp.maximum(x, 0)[:, :, None])
 
 
 def _rows_at(x, index):
@@ -690,15 +660,10 @@ def _transposed(s):
 #     dq = scan(do, v, k, from s0^T)           dk = scan back(v, do, q, from ds^T)
 #     ds0 = the end of dv's scan               dv = scan back(k, q, do, from ds)
 #
-# The adjoint has the state
-#
-#     A_j = e^{g (T-1-j)} ds + scale sum_{i>=j} e^{g (i-j)} q_i^T do_i
-#     dv_j = k_j A_j         dk_j = v_j A_j^T
-#
-# ds is not scaled, so the scale is of what enters the state. The scans for dk and dv have the same
-# state, transposed, so one fused scan, with q2 = v, yields both.
-#
-# These gradients are scans with gradients of their own: the rules hold for adjoint scans as well.
+# The adjoint has the state A_j = e^{g (T-1-j)} ds + scale sum_{i>=j} e^{g (i-j)} q_i^T do_i, which
+# dv_j = k_j A_j and dk_j = v_j A_j^T read. ds is not scaled, so the scale is of what enters the
+# state. One fused scan, with q2 = v, yields dv and dk. These gradients are scans with gradients of
+# their own: the rules hold for adjoint scans as well.
 
 
 def _attend(op, x):
@@ -728,10 +693,6 @@ def _attend_fwd(op, x):
     return _attend(op, x), (x, wanted)
 
 
-def _attend_local_fwd(op, x):
-    return _attend(op, x), (x, ())
-
-
 @_promotes
 def _attend_bwd(op, saved, cotangents):
     x, wants_dg = saved
@@ -745,13 +706,12 @@ def _attend_bwd(op, saved, cotangents):
 
 _attend_anywhere, _attend_local = (jax.custom_vjp(_forward, nondiff_argnums=(0,)) for _ in range(2))
 _attend_anywhere.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
-_attend_local.defvjp(_attend_local_fwd, _attend_bwd)
+_attend_local.defvjp(lambda op, x: (_attend(op, x), (x, ())), _attend_bwd)
 
 
 def _two_scans(op, x):
     """A fused scan as two."""
-    other = x._replace(q=x.q2, k=x.v, v=x.k, s0=_transposed(x.s0), q2=None)
-    o2, *_ = _attend(dataclasses.replace(op, final_state=False), other)
+    o2, *_ = _attend(dataclasses.replace(op, final_state=False), x.transposed(x.q2))
     o, s, _ = _attend(op, x._replace(q2=None))
     return o, s, o2
 
@@ -769,7 +729,7 @@ def _gradients_by_scans(op, x, wants_dg, do, ds):
         do = jnp.zeros((*x.q.shape[:2], x.g.shape[1], x.v.shape[3]), x.v.dtype)
     op = dataclasses.replace(op, only_state=False, final_state=False, name="dq")
     back = dataclasses.replace(op.adjoint(), final_state=x.s0 is not None, name="dk_dv")
-    dq, *_ = _attend(op, x._replace(q=do, k=x.v, v=x.k, s0=_transposed(x.s0)))
+    dq, *_ = _attend(op, x.transposed(do))
     dv, ds0, dk = _attend(back, x._replace(q=x.k, k=x.q, v=do, s0=ds, q2=x.v))
     dq, dk, dv = map(_to_heads, (dq, dk, dv), x[:3])
     dg = None
@@ -791,10 +751,10 @@ def _to_heads(dx, x):
 def _decay_gradient(op, x, do, ds):
     """The gradient of g for cotangents do and ds (or None), [B, H], in forward mode. No head reads
     another's decay, so one derivative in the direction of all decays has that of each head. Reverse
-    mode would sum t (q_t.dq_t - k_t.dk_t) over tokens t, which cancels to noise if a head
-    forgets."""
+    mode would sum t (q_t.dq_t - k_t.dk_t) over tokens t: noise, if a head forgets."""
     if not (x.q.size and x.v.size):  # without tokens the final state is the initial state
-        return _pcast(jnp.zeros((_batch(x), x.g.shape[1]), x.g.dtype), _varying(x, do, ds))
+        B, _, H, *_ = _sizes(x)
+        return _pcast(jnp.zeros((B, H), x.g.dtype), _varying(x, do, ds))
     with jax.named_scope("lightning_attn_dg"):
         f = lambda g: _scan_xla(op, x._replace(g=g), do, ds)
         return jax.jvp(f, (x.g,), (jnp.ones_like(x.g),))[1]
@@ -803,11 +763,9 @@ def _decay_gradient(op, x, do, ds):
 # How it is fast: the kernels ----------------------------------------------------------------------
 #
 # Nothing above this line needs a GPU. The steps and their names are those of Mamba-2's SSD: chunk
-# state, state passing, chunk scan.
-#
-# A scan is one launch if batch rows are short, or if batch rows and heads fill the GPU. Otherwise
-# `_plan_segments` cuts batch rows into segments, so that each head keeps many SMs busy, and
-# segments into splits. The scan then takes three launches:
+# state, state passing, chunk scan. A scan is one launch if batch rows are short, or if batch rows
+# and heads fill the GPU. Otherwise `_plan_segments` cuts batch rows into segments, so that a head
+# keeps many SMs busy, and segments into splits. The scan then takes three launches:
 #
 #     _chunk_state_kernel     sums what each split adds to the state: [B, splits, H, V, K]
 #     _state_passing_kernel   overwrites the last split of each segment with the state that the next
@@ -816,17 +774,14 @@ def _decay_gradient(op, x, do, ds):
 #                             initial state. For 16 bits on Hopper, _hopper_kernel does the same
 #
 # A decode step, the scan of one token per batch row, is one launch of _step_kernel. A scan whose
-# outputs are not needed (`only_state`) is one launch of _chunk_state_kernel.
-#
-# All kernels except _step_kernel hold the state transposed, S^T [V, K]. S^T is then the left
-# operand of o^T = S^T q^T as it lies in registers, without a copy through shared memory.
-#
-# Programs share the columns of values above 128. A program scans the columns of keys above 128 in
-# blocks of BK, one after another: the scan is linear in the keys, and each K block adds to the
-# outputs. A program rereads only outputs that its own threads wrote. So no launch depends on what
-# XLA does with the memory between launches. An array that a launch may change in place (`_launch`)
-# is passed twice, as an input and as an output: a kernel works whether XLA gives it one array or
-# two.
+# outputs are not needed (`only_state`) is one launch of _chunk_state_kernel. All kernels except
+# _step_kernel hold the state transposed, S^T [V, K]. S^T is then the left operand of o^T = S^T
+# q^T as it lies in registers, without a copy through shared memory. Programs share the columns of
+# values above 128. A program scans the columns of keys above 128 in blocks of BK, one after
+# another: the scan is linear in the keys, and each K block adds to the outputs. A program rereads
+# only outputs that its own threads wrote, so no launch depends on what XLA does with the memory
+# between launches. An array that a launch may change in place is passed twice, as an input and as
+# an output: a kernel works whether XLA gives it one array or two.
 
 if triton:
     _kernel, _gluon = triton.jit, gluon.jit
@@ -849,11 +804,8 @@ class _Flags(enum.IntFlag):
 
 
 class _Params(NamedTuple):
-    """The numbers that a launch gives its kernel. Each kernel reads the numbers that it needs.
-
-    They are one argument, because jax-triton compiles another binary for an argument that is 1,
-    but not for a number in a tuple. jax-triton takes plain tuples only.
-    """
+    """The numbers that a launch gives its kernel, in one plain tuple: jax-triton compiles another
+    binary for an argument that is 1, but not for a number in a tuple."""
 
     scale: Any
     flags: Any  # bits of `_Flags`
@@ -878,20 +830,14 @@ class _Params(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What one program handles: two tiles, a head, a batch row, and one of its `_WorkItem`s."""
+    """What one program handles: two tiles, a head, a batch row, and the work item at an index."""
 
     v_tile: Any
     k_tile: Any
     h: Any
     b: Any
+    index: Any
     item: Any
-    first: Any
-    tokens: Any
-    valid: Any
-    sequence: Any
-    items_before: Any
-    items_after: Any
-    slot: Any
 
 
 @_kernel
@@ -915,21 +861,21 @@ def _find_work(
     k_tile, i = i % k_tiles, i // k_tiles
     items = p.items if IS_VARLEN or SEGMENTED else 1
     if ITEMS_FIRST:
-        item, i = i % items, i // items
+        index, i = i % items, i // items
         h, b = i % p.H, (i // p.H).to(tl.int64)
     else:
         h, i = i % p.H, i // p.H
-        item, b = i % items, (i // items).to(tl.int64)
+        index, b = i % items, (i // items).to(tl.int64)
     if IS_VARLEN:
-        at = work_items + b * p.items_stride + item * 7
+        at = work_items + b * p.items_stride + index * 7
         first, tokens, valid = tl.load(at), tl.load(at + 1), tl.load(at + 2)
         sequence, before, after = tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
-        slot = tl.load(at + 6)
+        item = _WorkItem(first, tokens, valid, sequence, before, after, tl.load(at + 6))
     else:
-        tokens = tl.minimum(p.T - item * p.length, p.length)
-        first = item * p.length + reverse * (p.T - tokens - 2 * item * p.length)
-        valid, sequence, before, after, slot = tokens, 0, item, items - 1 - item, item
-    return _Work(v_tile, k_tile, h, b, item, first, tokens, valid, sequence, before, after, slot)
+        tokens = tl.minimum(p.T - index * p.length, p.length)
+        first = index * p.length + reverse * (p.T - tokens - 2 * index * p.length)
+        item = _WorkItem(first, tokens, tokens, 0, index, items - 1 - index, index)
+    return _Work(v_tile, k_tile, h, b, index, item)
 
 
 @_kernel
@@ -942,13 +888,13 @@ def _log2_decay(g, work, p):
 def _first_token(work, stride, heads, p):
     """The offset of the program's first token and head in an operand, counted in heads. The stride
     is from one batch row to the next."""
-    return (work.b * stride + work.first) * heads + work.h // (p.H // heads)
+    return (work.b * stride + work.item.first) * heads + work.h // (p.H // heads)
 
 
 @_kernel
 def _state_offset(work, stride, p):
     """The offset of the program's sequence and head, counted in states."""
-    return (work.b * stride + work.sequence) * p.H + work.h
+    return (work.b * stride + work.item.sequence) * p.H + work.h
 
 
 @_kernel
@@ -981,16 +927,16 @@ def _load_initial_state(
     inside = (ck < K) & (cv < V)
     state = ck * V + cv
     if SEGMENTED:
-        if work.items_before > 0:
+        if work.item.items_before > 0:
             if swapped > 0:
                 S += tl.load(s_in + state, mask=inside, other=0.0)
             else:
                 S += tl.load(s_in + (cv * K + ck), mask=inside, other=0.0)
     if HAS_S0:
         # the initial state of a sequence without valid tokens may hold anything
-        if tl.where(work.valid > 0, work.sequence, -1) >= 0:
+        if tl.where(work.item.valid > 0, work.item.sequence, -1) >= 0:
             initial = tl.load(s0 + state, mask=inside, other=0.0)
-            S += tl.exp2(g_length * work.items_before) * initial
+            S += tl.exp2(g_length * work.item.items_before) * initial
     return S
 
 
@@ -1001,10 +947,10 @@ def _store_final_state(
     """Stores S^T as the final state, if it is that of a sequence and is wanted."""
     inside = (ck < K) & (cv < V)
     state = ck * V + cv
-    if (work.items_after == 0) & (final_state > 0):
-        if work.sequence >= 0:
+    if (work.item.items_after == 0) & (final_state > 0):
+        if work.item.sequence >= 0:
             if HAS_S0:
-                if work.valid <= 0:  # the sequence ends with the state that it starts from
+                if work.item.valid <= 0:  # the sequence ends with the state that it starts from
                     S = tl.load(s0 + state, mask=inside, other=0.0)
             tl.store(s + state, S, mask=inside)
 
@@ -1028,12 +974,9 @@ def _chunk_state_kernel(
     IS_VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S^T = sum_j e^{g(L-1-j)} v_j k_j^T over a split of L tokens. If the state decays after it is
-    read: e^{g(L-j)}, and scaled.
-
-    Chunks whose tokens all weigh 0 in float32 at the end of the split are skipped. A split whose
-    sum vanishes before the end of its segment is not written. With typical decays that is true of
-    most splits.
-    """
+    read: e^{g(L-j)}, and scaled. Chunks whose tokens all weigh 0 in float32 at the end of the split
+    are skipped. A split whose sum vanishes before the end of its segment is not written: with
+    typical decays that is true of most splits."""
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     p = _Params(*params)
@@ -1042,29 +985,29 @@ def _chunk_state_kernel(
     # Heads of low index decay slowest and take longest: ITEMS_FIRST starts them first.
     work = _find_work(work_items, p, NK, NV, reverse, IS_VARLEN, SEGMENTED=True, ITEMS_FIRST=True)
     g2 = _log2_decay(g, work, p)
-    splits_after = p.splits_per_segment - 1 - work.items_before % p.splits_per_segment
-    if work.tokens < 0 or g2 * p.length * splits_after <= VANISHED:
+    splits_after = p.splits_per_segment - 1 - work.item.items_before % p.splits_per_segment
+    if work.item.tokens < 0 or g2 * p.length * splits_after <= VANISHED:
         return
     k += _first_token(work, p.k_stride, p.k_heads, p) * K
     v += _first_token(work, p.v_stride, p.v_heads, p) * V
     k_column, v_column = work.k_tile * BK, work.v_tile * BV
     rank = (C - 1) * reverse + direction * tl.arange(0, C)
     _, scale_k = _scales(p.scale, after_read)
-    chunks = (work.tokens + C - 1) // C
+    chunks = (work.item.tokens + C - 1) // C
     live = tl.ceil(1.0 / tl.minimum(g2, -1e-6) * VANISHED / C) + 1
     live = tl.minimum(live, chunks * 1.0).to(tl.int32)
     S = tl.full([BV, BK], 0.0, tl.float32)
     for c in range(chunks - live, chunks):
-        m = tl.minimum(work.tokens - c * C, C)
-        t = (work.tokens - C) * reverse + direction * C * c
-        ks = _load_tile(k, t, work.valid, p.k_heads * K, k_column, C, K, BK)
-        vs = _load_tile(v, t, work.valid, p.v_heads * V, v_column, C, V, BV)
+        m = tl.minimum(work.item.tokens - c * C, C)
+        t = (work.item.tokens - C) * reverse + direction * C * c
+        ks = _load_tile(k, t, work.item.valid, p.k_heads * K, k_column, C, K, BK)
+        vs = _load_tile(v, t, work.item.valid, p.v_heads * V, v_column, C, V, BV)
         k_decay = _key_decays(g2, scale_k, m, rank, after_read)
         vw = tl.trans((vs * k_decay[:, None]).to(vs.dtype))  # [BV, C]
         S = tl.dot(vw, ks, S * tl.exp2(g2 * m), input_precision=PRECISION)  # [BV, C] x [C, BK]
     ck = k_column + tl.arange(0, BK)[None, :]
     cv = v_column + tl.arange(0, BV)[:, None]
-    states += ((work.b * p.items + work.item) * p.H + work.h) * K * V
+    states += ((work.b * p.items + work.index) * p.H + work.h) * K * V
     tl.store(states + cv * K + ck, S, mask=(ck < K) & (cv < V))
 
 
@@ -1131,16 +1074,16 @@ def _chunk_scan_kernel(
     reverse, after_read, swapped, final_state = _unpack_flags(p.flags)
     direction = 1 - 2 * reverse
     work = _find_work(work_items, p, 1, NV, reverse, IS_VARLEN, SEGMENTED, ITEMS_FIRST=False)
-    if work.tokens < 0:
+    if work.item.tokens < 0:
         return
     g2 = _log2_decay(g, work, p)
     q += _first_token(work, p.q_stride, p.q_heads, p) * K
     k += _first_token(work, p.k_stride, p.k_heads, p) * K
     v += _first_token(work, p.v_stride, p.v_heads, p) * V
-    o += ((work.b * p.T + work.first) * p.H + work.h) * V
+    o += ((work.b * p.T + work.item.first) * p.H + work.h) * V
     s0 += _state_offset(work, p.s0_stride, p) * K * V
     s += _state_offset(work, p.sequences, p) * K * V
-    last_split = work.b * p.splits + work.slot * p.splits_per_segment - 1
+    last_split = work.b * p.splits + work.item.slot * p.splits_per_segment - 1
     s_in += (last_split * p.H + work.h) * K * V
 
     rank = (C - 1) * reverse + direction * tl.arange(0, C)
@@ -1157,12 +1100,12 @@ def _chunk_scan_kernel(
         S = _load_initial_state(
             S, s_in, s0, ck, cv, work, swapped, g2 * p.length, K, V, SEGMENTED, HAS_S0
         )
-        for c in range((work.tokens + C - 1) // C):
-            m = tl.minimum(work.tokens - c * C, C)
-            t = (work.tokens - C) * reverse + direction * C * c
-            qs = _load_tile(q, t, work.valid, p.q_heads * K, k_column, C, K, BK)
-            ks = _load_tile(k, t, work.valid, p.k_heads * K, k_column, C, K, BK)
-            vs = _load_tile(v, t, work.valid, p.v_heads * V, v_column, C, V, BV)
+        for c in range((work.item.tokens + C - 1) // C):
+            m = tl.minimum(work.item.tokens - c * C, C)
+            t = (work.item.tokens - C) * reverse + direction * C * c
+            qs = _load_tile(q, t, work.item.valid, p.q_heads * K, k_column, C, K, BK)
+            ks = _load_tile(k, t, work.item.valid, p.k_heads * K, k_column, C, K, BK)
+            vs = _load_tile(v, t, work.item.valid, p.v_heads * V, v_column, C, V, BV)
             qt = tl.trans(qs)
             P = tl.dot(ks, qt, input_precision=PRECISION) * D  # [C, BK] x [BK, C]
             # [BV, BK] x [BK, C] + [BV, C] x [C, C]
@@ -1170,7 +1113,7 @@ def _chunk_scan_kernel(
             O = tl.dot(tl.trans(vs), P.to(vs.dtype), O, input_precision=PRECISION)
             O = tl.trans(O)
             at = o + t.to(tl.int64) * (p.H * V) + row * (p.H * V) + col
-            mask = (t + row >= 0) & (t + row < work.tokens) & (col < V)
+            mask = (t + row >= 0) & (t + row < work.item.tokens) & (col < V)
             if NK > 1:
                 O += tl.load(at, mask=mask & (k_block > 0), other=0.0).to(tl.float32)
             tl.store(at, O.to(vs.dtype), mask=mask)
@@ -1201,12 +1144,10 @@ def _chunk_scan_kernel(
 # then hold all of K and V. Registers do not suffice to read S^T: a copy in shared memory is read.
 #
 # What limits the kernel, for C = 64, a tile of 128 x 128 and 256 threads: registers, 64 of S, 32 of
-# O, 16 each of P and D, and copies of them in 16 bits; and shared memory, of which Hopper has 227
-# KiB: 8 bytes for each mbarrier, and 2 bytes for each of
-# STAGES C (2 BK + BV) + C C + C BV numbers or, if FUSED,
+# O, 16 each of P and D, and copies in 16 bits; and Hopper's 227 KiB of shared memory, 8 bytes for
+# each mbarrier and 2 bytes for each of STAGES C (2 BK + BV) + C C + C BV numbers or, if FUSED,
 # STAGES C (2 BK + 2 BV) + BK BV + 2 C C + C (BK + BV). The emulator in the test file models neither
-# races between warps nor limits of registers and shared memory: compile every change, and run it
-# on a GPU under compute-sanitizer.
+# these limits nor races between warps: compile every change, and run it under compute-sanitizer.
 
 
 class _PerOperand(NamedTuple):
@@ -1382,29 +1323,25 @@ def _hopper_kernel(
     reverse, after_read, swapped, final_state = _unpack_flags(p.flags)
     direction = 1 - 2 * reverse
     work = _find_work(work_items, p, 1, NV, reverse, IS_VARLEN, SEGMENTED, ITEMS_FIRST=False)
-    if work.tokens < 0:
+    if work.item.tokens < 0:
         return
     g2 = _log2_decay(g, work, p)
     arrays = _PerOperand(qd, kd, vd, q2d)
+    h, b, first = work.h, work.b, work.item.first
     rows = _PerOperand(
-        (work.b * p.q_stride).to(gl.int32) + work.first,
-        (work.b * p.k_stride).to(gl.int32) + work.first,
-        (work.b * p.v_stride).to(gl.int32) + work.first,
-        (work.b * p.q2_stride).to(gl.int32) + work.first,
-    )
-    h = work.h
+        (b * p.q_stride).to(gl.int32) + first, (b * p.k_stride).to(gl.int32) + first,
+        (b * p.v_stride).to(gl.int32) + first, (b * p.q2_stride).to(gl.int32) + first,
+    )  # fmt: skip
     heads = _PerOperand(
-        h // (p.H // p.q_heads),
-        h // (p.H // p.k_heads),
-        h // (p.H // p.v_heads),
-        h // (p.H // p.q2_heads),
-    )
-    o += ((work.b * p.T + work.first) * p.H + h) * V
+        h // (p.H // p.q_heads), h // (p.H // p.k_heads),
+        h // (p.H // p.v_heads), h // (p.H // p.q2_heads),
+    )  # fmt: skip
+    o += ((work.b * p.T + work.item.first) * p.H + h) * V
     if FUSED:
-        o2 += ((work.b * p.T + work.first) * p.H + h) * K
+        o2 += ((work.b * p.T + work.item.first) * p.H + h) * K
     s0 += _state_offset(work, p.s0_stride, p) * K * V
     s += _state_offset(work, p.sequences, p) * K * V
-    last_split = work.b * p.splits + work.slot * p.splits_per_segment - 1
+    last_split = work.b * p.splits + work.item.slot * p.splits_per_segment - 1
     s_in += (last_split * p.H + h) * K * V
 
     dtype: gl.constexpr = qd.dtype
@@ -1437,8 +1374,8 @@ def _hopper_kernel(
             hopper.mbarrier.init(full.index(i), count=1)
         hopper.fence_async_shared()  # TMA sees the barriers
         gl.barrier()
-        loaded = (work.valid + C - 1) // C  # chunks: tokens of no sequence are not loaded
-        t = (work.tokens - C) * reverse  # where the first chunk starts in the segment
+        loaded = (work.item.valid + C - 1) // C  # chunks: tokens of no sequence are not loaded
+        t = (work.item.tokens - C) * reverse  # where the first chunk starts in the segment
         step = direction * C
         for i in range(gl.minimum(loaded, STAGES)):
             _start_loads(
@@ -1458,24 +1395,22 @@ def _hopper_kernel(
         k_decay = gl.exp2(g2 * (C - 1 - rank_k + after_read)) * scale_k
         s_decay = gl.exp2(g2 * C)
         c, stage, phase = 0, 0, 0
-        while c < (work.tokens + C - 1) // C:  # Triton's pipeliner would make `for` wait
+        while c < (work.item.tokens + C - 1) // C:  # Triton's pipeliner would make `for` wait
             x = _PerOperand(
-                qb.index(stage).reshape([C, BK]),
-                kb.index(stage).reshape([C, BK]),
-                vb.index(stage).reshape([C, BV]),
-                q2b.index(stage).reshape([C, BV]),
-            )
+                qb.index(stage).reshape([C, BK]), kb.index(stage).reshape([C, BK]),
+                vb.index(stage).reshape([C, BV]), q2b.index(stage).reshape([C, BV]),
+            )  # fmt: skip
             if c < loaded:
                 hopper.mbarrier.wait(full.index(stage), phase)
             # The load of a short last chunk brings tokens that are not of the sequence. Without
             # tokens of a sequence nothing is loaded, and the buffers hold anything.
-            if (c + 1) * C > work.valid:
-                _zero_outside(x.q, t, work.valid, WARPS)
-                _zero_outside(x.k, t, work.valid, WARPS)
-                _zero_outside(x.v, t, work.valid, WARPS)
+            if (c + 1) * C > work.item.valid:
+                _zero_outside(x.q, t, work.item.valid, WARPS)
+                _zero_outside(x.k, t, work.item.valid, WARPS)
+                _zero_outside(x.v, t, work.item.valid, WARPS)
                 if FUSED:
-                    _zero_outside(x.q2, t, work.valid, WARPS)
-                m = gl.minimum(work.tokens - c * C, C)
+                    _zero_outside(x.q2, t, work.item.valid, WARPS)
+                m = gl.minimum(work.item.tokens - c * C, C)
                 k_decay = _key_decays(g2, scale_k, m, rank_k, after_read)
                 s_decay = gl.exp2(g2 * m)
             if FUSED:
@@ -1493,19 +1428,23 @@ def _hopper_kernel(
             decays = _Decays(D, q_decay, k_decay, s_decay)
             old = S  # not read if NK is 1
             if NK > 1:
-                written = work.tokens * gl.minimum(k_block, 1)  # by the K blocks before
+                written = work.item.tokens * gl.minimum(k_block, 1)  # by the K blocks before
                 at, inside = _tile_pointers(o, t, written, p.H * V, v_column, V, C, BV, WARPS)
                 old = gl.load(at, mask=inside, other=0.0)
             if FUSED:
                 O, O2, S, vw = _start_fused_products(x, scores, q2_scores, Sb, S, decays, LO, LP)
                 O = hopper.warpgroup_mma_wait(2, [O])
-                _store_output(o, out, O, old, t, work.tokens, p.H * V, v_column, V, WARPS, False)
+                _store_output(
+                    o, out, O, old, t, work.item.tokens, p.H * V, v_column, V, WARPS, False
+                )
                 O2 = hopper.warpgroup_mma_wait(1, [O2])
-                _store_output(o2, o2_out, O2, old, t, work.tokens, p.H * K, 0, K, WARPS, False)
+                _store_output(o2, o2_out, O2, old, t, work.item.tokens, p.H * K, 0, K, WARPS, False)
             else:
                 O, vt, S, vw = _start_products(x, scores, S, decays, LO, LP, NK > 1)
                 O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
-                _store_output(o, out, O, old, t, work.tokens, p.H * V, v_column, V, WARPS, NK > 1)
+                _store_output(
+                    o, out, O, old, t, work.item.tokens, p.H * V, v_column, V, WARPS, NK > 1
+                )
             S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
             t += step
             c += 1
@@ -1612,9 +1551,8 @@ def _config(arch, num_sms, K, V, dtype, B, H, T, n, fused):
             warps = BV // 16  # 16 rows for each warp
             return config(_hopper_kernel, HOPPER_CHUNK, BK, BV, warps, stages, programs)
         warnings.warn(
-            "lightning_attn: this Hopper GPU runs the Triton kernel, which takes longer than the "
-            "one in Gluon, because that cannot run: found triton "
-            f"{triton.__version__}. It needs: pip install 'triton{_HOPPER}'"
+            "lightning_attn: this Hopper GPU runs the slower Triton kernel: found triton "
+            f"{triton.__version__}, and the kernel in Gluon needs: pip install 'triton{_HOPPER}'"
         )
 
     def fit(C, BV, stages):
@@ -1634,8 +1572,7 @@ def _config(arch, num_sms, K, V, dtype, B, H, T, n, fused):
 
 
 def _next_power_of_2(d):
-    """... from 16 on."""
-    return max(16, 1 << (d - 1).bit_length())
+    return max(16, 1 << (d - 1).bit_length())  # matrix products have no smaller tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1663,12 +1600,8 @@ def _plan_segments(config, num_sms, itemsize, B, H, T, K, V, states_K, states_V,
     tiles = -(-states_K // BK) * -(-states_V // BV)
     # Many splits, so that many programs sum the states of a head that never forgets in parallel: of
     # other heads most splits vanish. A power of two, because `tl.arange` counts a segment's splits.
-    splits = min(
-        8,
-        3 * num_sms // (B * segments * tiles),
-        2 * T // (segments * SEGMENT),
-        room // max(1, segments - 1),
-    )
+    splits = min(8, 3 * num_sms // (B * segments * tiles), 2 * T // (segments * SEGMENT))
+    splits = min(splits, room // max(1, segments - 1))
     splits = 1 << max(1, splits).bit_length() - 1
     split = -(-T // (segments * splits * config.C)) * config.C
     if only_state:  # the last segment's state is wanted as well
@@ -1705,16 +1638,10 @@ def _gpu():
 def _launch(kernel, *arrays, out, programs, params, in_place=None, **arguments):
     """Launches a kernel and returns its outputs, which are like `out`. `in_place` {input: output}
     are arrays that XLA may give the same memory."""
-    call = functools.partial(
-        jax_triton.triton_call,
-        kernel=kernel,
-        out_type=out,
-        grid=(programs,),
-        params=tuple(params),
-        # Triton 3.9 warns if this is left out, because 3.10 is to change its default
-        backend_options={"enable_fp_fusion": True},
-        **arguments,
-    )
+    arguments |= dict(kernel=kernel, out_type=out, grid=(programs,), params=tuple(params))
+    # Triton 3.9 warns if this is left out, because 3.10 is to change its default
+    arguments["backend_options"] = {"enable_fp_fusion": True}
+    call = functools.partial(jax_triton.triton_call, **arguments)
     return _in_place(call, arrays, in_place) if in_place else call(*arrays)
 
 
@@ -1733,28 +1660,25 @@ def _in_place(call, arrays, in_place):
     return jax.tree.unflatten(jax.tree.structure(out), results)
 
 
-def _params(op, x, B, sequences=1, swapped=False):
-    """The `_Params` of a scan that do not depend on its segments."""
+def _params(op, x, B, segments=None, length=0, items=1, splits=0, swapped=False, **more):
+    """The `_Params` of a launch, and its work items of `length` tokens each. A plain batch has
+    `items` per row, which kernels compute."""
     flags = _Flags.REVERSE * op.reverse | _Flags.DECAY_AFTER_READ * op.after_read
     flags |= _Flags.SWAPPED * swapped | _Flags.FINAL_STATE * op.final_state
-    found = dict(T=x.v.shape[1], H=x.g.shape[1], sequences=sequences)
+    T, work_items = x.v.shape[1], x.g
+    if segments:
+        more |= dict(splits=segments.splits, splits_per_segment=segments.splits_per_segment)
+        if x.cu_seqlens is not None:
+            work_items = _batched_work_items(T, x.cu_seqlens, length, op.reverse, splits)
+            rows, items, columns = work_items.shape
+            more["items_stride"] = items * columns if rows > 1 else 0
     for name, a in x._asdict().items():
         if a is not None and f"{name}_stride" in _Params._fields:
-            found[f"{name}_stride"] = a.shape[1] if a.shape[0] == B else 0
+            more[f"{name}_stride"] = a.shape[1] if a.shape[0] == B else 0
         if a is not None and f"{name}_heads" in _Params._fields:
-            found[f"{name}_heads"] = a.shape[2]
-    return _Params(scale=float(op.scale), flags=int(flags), **found)
-
-
-def _with_items(op, params, cu_seqlens, length, items, splits=0):
-    """The work items of `length` tokens each, and the parameters that describe them. A plain batch
-    has `items` per row, which kernels compute."""
-    if cu_seqlens is None:
-        return None, params._replace(length=length, items=items)
-    work_items = _batched_work_items(params.T, cu_seqlens, length, op.reverse, splits)
-    rows, items, columns = work_items.shape
-    stride = items * columns if rows > 1 else 0
-    return work_items, params._replace(length=length, items=items, items_stride=stride)
+            more[f"{name}_heads"] = a.shape[2]
+    more |= dict(scale=float(op.scale), flags=int(flags), T=T, H=x.g.shape[1])
+    return _Params(length=length, items=items, **more), work_items
 
 
 def _scan_triton(op, x, swapped=False):
@@ -1771,8 +1695,8 @@ def _scan_triton(op, x, swapped=False):
         same_rows = x.q.shape[0] == x.q2.shape[0]
         x = x if same_rows else x._replace(g=jnp.broadcast_to(x.g, (B, H)))
         o, s, _ = _scan_triton(op, x._replace(q2=None))
-        other = x._replace(q=x.q2, k=x.v, v=x.k, s0=_transposed(x.s0), q2=None)
-        o2, *_ = _scan_triton(dataclasses.replace(op, final_state=False), other, swapped=True)
+        stateless = dataclasses.replace(op, final_state=False)
+        o2, *_ = _scan_triton(stateless, x.transposed(x.q2), swapped=True)
         return o, s, o2
     if T == 1 and x.cu_seqlens is None and not op.only_state:
         return _launch_step(op, x, B)
@@ -1792,18 +1716,11 @@ def _scan_triton(op, x, swapped=False):
 
 
 def _outputs(op, B, T, H, K, V, n, dtype, fused=False):
-    """What a scan's kernel writes: s, o and o2. A final state that nobody reads is no output: the
-    kernel gets a placeholder instead."""
+    """What a scan's kernel writes: s, o and o2. A result that nobody reads is None: the kernel gets
+    a placeholder instead."""
     states = jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
     o, o2 = (jax.ShapeDtypeStruct((B, T, H, D), dtype) for D in (V, K))
-    return [states] * op.final_state + [o] + [o2] * fused
-
-
-def _results(op, out):
-    """o, s and o2 of those outputs; s or o2 is None if it is not asked for."""
-    out = iter(out)
-    s = next(out) if op.final_state else None
-    return next(out), s, next(out, None)
+    return states if op.final_state else None, o, o2 if fused else None
 
 
 def _launch_step(op, x, B):
@@ -1811,16 +1728,16 @@ def _launch_step(op, x, B):
     _, T, H, K, V, n = _sizes(x)
     BK = _next_power_of_2(K)
     BV = min(_next_power_of_2(V), max(16, 8192 // BK))
-    has_s0, unwritten = x.s0 is not None, [] if op.final_state else [x.g]
-    out = _launch(
+    has_s0, unwritten = x.s0 is not None, () if op.final_state else (x.g,)
+    s, o, o2 = _launch(
         _step_kernel, x.q, x.k, x.v, x.g, x.s0 if has_s0 else x.g, *unwritten,
         out=_outputs(op, B, T, H, K, V, n, x.q.dtype),
         # argument 4 is s0, output 0 the final state
         in_place={4: 0} if has_s0 and op.final_state and x.s0.shape[0] == B else None,
-        programs=B * H * -(-V // BV), params=_params(op, x, B),
+        programs=B * H * -(-V // BV), params=_params(op, x, B)[0],
         K=K, V=V, BK=BK, BV=BV, HAS_S0=has_s0, num_warps=4, num_stages=1,
     )  # fmt: skip
-    return _results(op, out)
+    return o, s, o2
 
 
 def _launch_states(op, config, segments, x, B, precision):
@@ -1829,30 +1746,26 @@ def _launch_states(op, config, segments, x, B, precision):
     only states are wanted."""
     H, K, V, varlen = x.g.shape[1], x.k.shape[3], x.v.shape[3], x.cu_seqlens is not None
     # a scan and its transpose give equal parameters, because nothing here depends on q and s
-    params = _params(dataclasses.replace(op, final_state=False), x, B)
-    params = params._replace(splits=segments.splits, splits_per_segment=segments.splits_per_segment)
-    work_items, params = _with_items(
-        op, params, x.cu_seqlens, segments.split, segments.splits, segments.splits_per_segment
-    )
-    work_items = work_items if varlen else x.g
-    shape = jax.ShapeDtypeStruct((B, segments.splits, H, V, K), jnp.float32)
+    own, splits = dataclasses.replace(op, final_state=False), segments.splits
+    per_segment = segments.splits_per_segment
+    params, work_items = _params(own, x, B, segments, segments.split, splits, per_segment)
+    shape = jax.ShapeDtypeStruct((B, splits, H, V, K), jnp.float32)
     tiles = -(-K // segments.BK) * -(-V // segments.BV)
     states = _launch(
         _chunk_state_kernel, x.k, x.v, x.g, work_items,
-        out=shape, programs=B * segments.splits * H * tiles, params=params,
+        out=shape, programs=B * splits * H * tiles, params=params,
         K=K, V=V, BK=segments.BK, BV=segments.BV, C=STATES_CHUNK, IS_VARLEN=varlen,
         PRECISION=precision, num_warps=4, num_stages=config.states_stages,
     )  # fmt: skip
     if op.only_state:
         return states
     BE = min(512, _next_power_of_2(K * V))
-    walks = segments.splits // segments.splits_per_segment if varlen else 1
+    walks = splits // per_segment if varlen else 1
     return _launch(
         _state_passing_kernel, states, x.g, work_items,
         out=shape, in_place={0: 0}, programs=B * walks * H * -(-K * V // BE),
         params=params._replace(items=walks),
-        SPLITS=segments.splits_per_segment, E=K * V, BE=BE, IS_VARLEN=varlen,
-        num_warps=4, num_stages=1,
+        SPLITS=per_segment, E=K * V, BE=BE, IS_VARLEN=varlen, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
@@ -1868,10 +1781,10 @@ def _launch_scan(op, config, segments, x, B, s_in, swapped, precision):
     """The scan of all segments, from their states s_in; results as `_scan`'s."""
     _, T, H, K, V, n = _sizes(x)
     varlen, has_s0, fused = x.cu_seqlens is not None, x.s0 is not None, x.q2 is not None
-    params = _params(op, x, B, n, swapped)
-    params = params._replace(splits=segments.splits, splits_per_segment=segments.splits_per_segment)
     count = _count_items(T, 1, segments.length)
-    work_items, params = _with_items(op, params, x.cu_seqlens, segments.length, count)
+    params, work_items = _params(
+        op, x, B, segments, segments.length, count, swapped=swapped, sequences=n
+    )
     arrays = x.q, x.k, x.v
     if config.kernel is _hopper_kernel:
         # kernels that make descriptors need scratch memory, which CUDA graphs do not provide
@@ -1888,16 +1801,15 @@ def _launch_scan(op, config, segments, x, B, s_in, swapped, precision):
         own |= {} if fused else {"o2": 0}  # the kernel does not touch o2 then
     else:
         own = {"num_stages": config.num_stages, "PRECISION": precision}
-    unwritten = [] if op.final_state else [x.g]
-    out = _launch(
-        config.kernel, *arrays, x.g, x.s0 if has_s0 else x.g, s_in,
-        work_items if varlen else x.g, *unwritten,
+    unwritten = () if op.final_state else (x.g,)
+    s, o, o2 = _launch(
+        config.kernel, *arrays, x.g, x.s0 if has_s0 else x.g, s_in, work_items, *unwritten,
         out=_outputs(op, B, T, H, K, V, n, x.q.dtype, fused),
         programs=B * H * params.items * -(-V // config.BV), params=params,
         K=K, V=V, BK=config.BK, BV=config.BV, C=config.C, IS_VARLEN=varlen,
         SEGMENTED=segments.splits > 0, HAS_S0=has_s0, num_warps=config.num_warps, **own,
     )  # fmt: skip
-    return _results(op, out)
+    return o, s, o2
 
 
 # How it composes: vmap, sharding, platforms -------------------------------------------------------
@@ -1971,18 +1883,15 @@ def _dims(op, x):
     def name(dim, size):
         return dim if size == full.get(dim, size) else "1" if size == 1 else "few"
 
-    operands = _Operands(
-        *(
-            None if a is None else list(map(name, [*vmapped, *dims.split()], a.shape))
-            for dims, a in zip(_DIMS, x)
-        )
-    )
+    def names(dims, a):
+        return None if a is None else list(map(name, [*vmapped, *dims.split()], a.shape))
+
     wanted = zip(_RESULT_DIMS, (True, op.final_state, x.q2 is not None))
     results = tuple([*vmapped, *dims.split()] if want else None for dims, want in wanted)
     if op.only_state:
         results[0][-3] = "no_tokens"
     few = min((a.shape[-2] for a in x[:3] if a.shape[-2] > 1), default=full["h"])
-    return _Dims(operands, results, full["h"], few)
+    return _Dims(_Operands(*map(names, _DIMS, x)), results, full["h"], few)
 
 
 def _sharding_rule(dims, inside, mesh, *_):
@@ -2026,10 +1935,10 @@ def _partition(op, dims, inside, mesh, _, results):
     # The heads of operands with few heads are in fewer parts, `few`, if devices share heads. A
     # device selects its heads by its number among these, which is not known in a shard_map.
     tries = (part, count, math.gcd(dims.few, count)), (part, count, 1), (whole_heads, 1, 1)
-    for part, count, few in *tries, (0 * part, 1, 1):  # noqa: B020
+    for tried, count, few in *tries, (0 * part, 1, 1):
         selects = few < min(dims.few, count)
         if dims.H % count == 0 and not (selects and inside):
-            if axes := _axes(np.c_[part, part[:, -2] // (count // few)]):
+            if axes := _axes(np.c_[tried, tried[:, -2] // (count // few)]):
                 break
     names = [f"axis{i}" for i in range(len(axes))]
     mesh = jax.sharding.Mesh(np.array(devices).reshape([size for size, _ in axes]), names)
@@ -2046,10 +1955,14 @@ def _partition(op, dims, inside, mesh, _, results):
         return NamedSharding(mesh, PartitionSpec(*(split.get(dim) or None for dim in named)))
 
     def own_heads(a, named):
+        """The heads of a that the heads of this device read: a single head, or a head for each."""
         if a is None or not selects or "few" not in named:
             return a
-        number = lax.axis_index([name for name in split["h"] if name not in split["few"]])
-        return _heads_of_device(a, dims.H // count, count // few, number)
+        device = lax.axis_index([name for name in split["h"] if name not in split["few"]])
+        heads, group = dims.H // count, dims.H // dims.few
+        if group % heads == 0:
+            return lax.dynamic_slice_in_dim(a, device * heads // group, 1, axis=-2)
+        return jnp.take(a, (device * heads + jnp.arange(heads)) // group, axis=-2)
 
     def one_device(x):
         x = _Operands(*map(own_heads, x, dims.operands))
@@ -2084,15 +1997,6 @@ def _axes(part):
     return axes if np.array_equal(index @ np.array(steps), part) else None
 
 
-def _heads_of_device(x, heads, devices, device):
-    """The heads of x [..., heads of x, D] that the `heads` heads of a device read, of all that the
-    devices share: a single one, or one for each."""
-    group = heads * devices // x.shape[-2]
-    if group % heads == 0:
-        return lax.dynamic_slice_in_dim(x, device * heads // group, 1, axis=-2)
-    return jnp.take(x, (device * heads + jnp.arange(heads)) // group, axis=-2)
-
-
 @_promotes
 def _dispatch(op, x):
     """Triton or plain JAX, chosen when the computation is lowered unless `op.backend` names one."""
@@ -2104,19 +2008,16 @@ def _dispatch(op, x):
         shared = _shared(a.shape[:front]) == 1
         return (a if shared else jnp.broadcast_to(a, (*rows, *shape))).reshape(-1, *shape)
 
-    def on(scan):
-        def run(*leaves):
-            folded = jax.tree.unflatten(jax.tree.structure(x), leaves)
-            results = scan(op, jax.tree.map(fold, folded) if front > 1 else folded)
-            results = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), results)
-            return _pcast(results, _varying(leaves))
-
-        return run
+    def run(scan, *leaves):
+        folded = jax.tree.unflatten(jax.tree.structure(x), leaves)
+        results = scan(op, jax.tree.map(fold, folded) if front > 1 else folded)
+        results = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), results)
+        return _pcast(results, _varying(leaves))
 
     with jax.named_scope(f"lightning_attn_{op.name}"):
         if not (x.q.size and x.k.size and x.v.size):  # no tokens, or no batch: nothing to launch
-            return on(_scan_nothing)(*leaves)
-        plain, kernels = on(_scan_xla), on(_scan_triton)
+            return run(_scan_nothing, *leaves)
+        plain, kernels = (functools.partial(run, scan) for scan in (_scan_xla, _scan_triton))
         if op.backend is None:
             return lax.platform_dependent(*leaves, cuda=kernels, rocm=kernels, default=plain)
         return (kernels if op.backend == "triton" else plain)(*leaves)
@@ -2131,6 +2032,9 @@ def _scan_nothing(op, x):
     return o, s if op.final_state else None, o2
 
 
+_spec = lambda x: jax.typeof(x).sharding.spec
+
+
 def _varying(*trees):
     """The shard_map axes that any of the arrays varies over; none if shard_map does not check."""
     axes = (jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(trees))
@@ -2142,10 +2046,6 @@ def _pcast(tree, axes):
     # sorted, because a set has another order in each process of a program
     missing = lambda a: tuple(sorted(set(axes) - _varying(a)))
     return jax.tree.map(lambda a: lax.pcast(a, missing(a), to="varying"), tree)
-
-
-def _spec(x):
-    return jax.typeof(x).sharding.spec
 
 
 def _in_auto_mode(f, operands, out_specs):
@@ -2167,11 +2067,6 @@ def _in_auto_mode(f, operands, out_specs):
 #
 # Each device starts from the state that the devices before it leave. Only states are sent, once
 # each way.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend_across(op, axes, x):
-    return _across_fwd(op, axes, x)[0]
 
 
 @_promotes
@@ -2201,6 +2096,7 @@ def _across_bwd(op, axes, saved, cotangents):
     return (dx._replace(g=dg, s0=ds0),)
 
 
+_attend_across = jax.custom_vjp(lambda *args: _across_fwd(*args)[0], nondiff_argnums=(0, 1))
 _attend_across.defvjp(_across_fwd, _across_bwd)
 
 
@@ -2316,7 +2212,7 @@ def _layer(layer_idx, num_layers):
             raise ValueError(
                 f"{name}: expected layer_idx and num_layers, or g_gamma in place of both, got None"
             )
-    layer_idx, num_layers = _integer("layer_idx", layer_idx), _integer("num_layers", num_layers)
+    layer_idx, num_layers = _scalar("layer_idx", layer_idx), _scalar("num_layers", num_layers)
     known = type(num_layers) is int
     if known and not 1 <= num_layers < 2**31:
         raise ValueError(f"num_layers: expected 1 to 2**31 - 1, got {num_layers}")
@@ -2328,33 +2224,21 @@ def _layer(layer_idx, num_layers):
     return layer_idx, num_layers
 
 
-def _scaled(q, softmax_scale):
+def _scaled(q, scale):
     """q and a scale that is a float. Kernels take a number, so a traced scale goes into q."""
-    scale = _scale(softmax_scale, q.shape[3])
-    if isinstance(scale, float):
-        return q, scale
-    # in float32, because the scale's gradient is a sum over all of q
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    return (q.astype(wide) * lax.convert_element_type(scale, wide)).astype(q.dtype), 1.0
-
-
-def _scale(scale, K):
-    """The scale as a float, or the scalar array that came if it is not concrete."""
     if scale is None:
-        return K**-0.5
-    if isinstance(scale, (jax.Array, np.ndarray)) and scale.shape != ():
-        raise ValueError(f"softmax_scale: expected a scalar, got shape {scale.shape}")
-    if not (_is_number(scale, jnp.floating) or _is_number(scale, jnp.integer)):
-        raise TypeError(f"softmax_scale: expected a real number, got {scale!r}")
-    if isinstance(scale, int):  # of any size: too large ones are infinite
-        return _scale(float(scale) if abs(scale) < 2**200 else math.inf, K)
-    if (value := _known(scale)) is None:
-        return scale
-    value, normal = float(value), jnp.finfo(jnp.float32)
+        return q, q.shape[3] ** -0.5
+    scale = _scalar("softmax_scale", scale, jnp.floating)
+    if not isinstance(scale, (int, float)):
+        # in float32, because the scale's gradient is a sum over all of q
+        wide = jnp.promote_types(q.dtype, jnp.float32)
+        return (q.astype(wide) * lax.convert_element_type(scale, wide)).astype(q.dtype), 1.0
+    scale = float(scale) if isinstance(scale, float) or abs(scale) < 2**200 else math.inf
     # Kernels compute with it as a float32, and some flush what is not a normal number.
-    if not (value == 0 or float(normal.tiny) <= abs(value) <= float(normal.max)):
-        raise ValueError(f"softmax_scale: expected 0 or a normal number of float32, got {value!r}")
-    return value
+    normal = jnp.finfo(jnp.float32)
+    if not (scale == 0 or float(normal.tiny) <= abs(scale) <= float(normal.max)):
+        raise ValueError(f"softmax_scale: expected 0 or a normal number of float32, got {scale!r}")
+    return q, scale
 
 
 def _boundaries(cu_seqlens, q):
@@ -2363,7 +2247,13 @@ def _boundaries(cu_seqlens, q):
         return None
     B, T = q.shape[:2]
     if isinstance(cu_seqlens, (list, tuple)):
-        cu_seqlens = _listed(cu_seqlens)
+        listed = [_scalar("cu_seqlens", x) for x in cu_seqlens]
+        if not all(isinstance(x, int) and abs(x) < 2**63 for x in listed):
+            raise TypeError(
+                f"cu_seqlens: expected an array or a list of 64-bit numbers, got {cu_seqlens!r}. "
+                "For traced numbers write jnp.array([...]) or jnp.stack([...])"
+            )
+        cu_seqlens = np.array(listed, np.int64)
     # Its values are read before they become int32, which would wrap large ones.
     array = _array("cu_seqlens", cu_seqlens, ("num_seqs + 1",), jnp.integer)
     if B != 1:
@@ -2372,8 +2262,16 @@ def _boundaries(cu_seqlens, q):
         _symbolic("cu_seqlens: expected a symbolic number of boundaries", array.shape[0], 2)
     elif array.shape[0] < 2:
         raise ValueError(f"cu_seqlens: expected at least 2 boundaries, got {array.shape[0]}")
-    if (value := _known(cu_seqlens)) is not None:
-        _known_boundaries(value, T)
+    if (known := _known(cu_seqlens)) is not None:
+        value = [int(x) for x in known]
+        if value[0] != 0:
+            lengths = min(value) >= 0 and sum(value) == T
+            hint = ". These look like lengths: it takes boundaries, not lengths" if lengths else ""
+            raise ValueError(f"cu_seqlens: expected to start at 0, got {value[0]} in {known}{hint}")
+        if any(a > b for a, b in itertools.pairwise(value)):
+            raise ValueError(f"cu_seqlens: expected boundaries that do not decrease, got {known}")
+        if isinstance(T, int) and value[-1] > T:  # of a symbolic length that is not known
+            raise ValueError(f"cu_seqlens: expected boundaries up to seq_len, {T}, got {value[-1]}")
         return array.astype(jnp.int32)
     # Traced values past the end stay past the end as int32, and negative ones negative.
     if jnp.iinfo(array.dtype).max > 2**31 - 1:
@@ -2382,45 +2280,15 @@ def _boundaries(cu_seqlens, q):
     return array.astype(jnp.int32)
 
 
-def _listed(cu_seqlens):
-    """Boundaries in a list as numpy."""
-    if any(isinstance(x, jax.core.Tracer) for x in cu_seqlens):
-        raise TypeError(
-            "cu_seqlens: expected an array or a list of numbers, got a list with a traced value: "
-            "write jnp.array([...]) or jnp.stack([...])"
-        )
-    for x in cu_seqlens:
-        scalar = _is_number(x, jnp.integer) and np.shape(x) == ()
-        if not scalar or abs(int(x)) >= 2**63:
-            raise TypeError(f"cu_seqlens: expected integers, got {cu_seqlens!r}")
-    return np.array([int(x) for x in cu_seqlens], np.int64)
-
-
-def _known_boundaries(value, T):
-    """Raises for boundaries that T tokens cannot have."""
-    value = [int(x) for x in value]
-    shown = np.asarray(value)
-    if value[0] != 0:
-        lengths = min(value) >= 0 and sum(value) == T
-        hint = ". These look like lengths: it takes boundaries, not lengths" if lengths else ""
-        raise ValueError(f"cu_seqlens: expected to start at 0, got {value[0]} in {shown}{hint}")
-    if any(a > b for a, b in itertools.pairwise(value)):
-        raise ValueError(f"cu_seqlens: expected boundaries that do not decrease, got {shown}")
-    if isinstance(T, int) and value[-1] > T:  # of a symbolic length that is not known
-        raise ValueError(f"cu_seqlens: expected boundaries up to seq_len, {T}, got {value[-1]}")
-
-
 def _initial_state(s0, q, v, cu_seqlens):
     """The initial states in the dtype of states, or None."""
     if s0 is None:
         return None
-    (B, T, H, K), V = q.shape, v.shape[3]
-    n, count = B, "the batch"
+    (n, T, H, K), V, first = q.shape, v.shape[3], "batch"
     if cu_seqlens is not None:
-        n, count = cu_seqlens.shape[0] - 1, "the number of packed sequences"
-    if getattr(s0, "shape", ())[1:] == (H, K, V) and s0.shape[0] != n:
-        raise ValueError(f"initial_state: expected {n} states, {count}, got {s0.shape[0]}")
-    s0 = _array("initial_state", s0, (n, H, K, V), jnp.floating, _layout_hint(s0, 1, T, H))
+        n, first = cu_seqlens.shape[0] - 1, "number of packed sequences"
+    hint = _layout_hint(s0, 1, T, H) or f". The first size is the {first}"
+    s0 = _array("initial_state", s0, (n, H, K, V), jnp.floating, hint)
     return s0.astype(jnp.promote_types(q.dtype, jnp.float32))
 
 
@@ -2434,8 +2302,7 @@ def _backend(backend, q, cu_seqlens):
             f'"triton": {_unfit or "not installed"}. {_NEEDS}'
         )
     arch = _gpu()[0] if _gpu() else None
-    # Before sm_80 GPUs lack Triton's matrix products: its code spills, and wants twice their shared
-    # memory.
+    # GPUs before sm_80 lack Triton's matrix products: its code spills, and overflows shared memory
     old = arch is not None and arch.startswith("sm_") and int(arch[3:]) < 80
     if backend == "triton" and (arch is None or old):
         raise ValueError(
@@ -2461,19 +2328,15 @@ def _seq_axes(seq_axis, cu_seqlens):
         return None
     if cu_seqlens is not None:
         raise ValueError(
-            "seq_axis: expected None with cu_seqlens, because a pack cannot be cut inside its "
-            f"sequences; got {seq_axis!r}. Give each device whole sequences instead: a pack of its "
-            "own in shard_map"
+            f"seq_axis: expected None with cu_seqlens, got {seq_axis!r}. Packed sequences are not "
+            "cut: give each device of a shard_map its own packed batch"
         )
     axes = seq_axis if isinstance(seq_axis, tuple) else (seq_axis,)
-    if not (axes and all(isinstance(name, str) for name in axes)):
-        raise TypeError(
+    named = axes and all(isinstance(name, str) for name in axes)
+    if not named or not set(axes) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        raise (ValueError if named else TypeError)(
             "seq_axis: expected the name of an axis of a shard_map around this call, "
             f"got {seq_axis!r}"
-        )
-    if not set(axes) <= set(jax.sharding.get_abstract_mesh().manual_axes):
-        raise ValueError(
-            f"seq_axis: expected an axis of a shard_map around this call, got {seq_axis!r}"
         )
     return axes
 
@@ -2486,23 +2349,18 @@ def _static(name, x):
         raise TypeError(f"{name}: expected True or False, got {x!r}{hint}")
 
 
-def _is_number(x, kind):
-    """Whether `x` is a Python, numpy or JAX number (or an array of them) of that kind."""
-    if isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        return jnp.issubdtype(x.dtype, kind)
-    return type(x) is int or type(x) is float and kind is not jnp.integer
-
-
-def _integer(name, x):
-    """A scalar integer argument: as an int if it is concrete."""
+def _scalar(name, x, kind=jnp.integer):
+    """A scalar argument, an integer or of that kind: a Python number if it is concrete."""
     if isinstance(x, (jax.Array, np.ndarray)) and x.shape != ():
         raise ValueError(f"{name}: expected a scalar, got shape {x.shape}")
-    if not _is_number(x, jnp.integer):
-        raise TypeError(f"{name}: expected an integer, got {x!r}")
-    if type(x) is int:  # of any size
-        return x
-    value = _known(x)
-    return x if value is None else int(value)
+    is_array = isinstance(x, (jax.Array, np.ndarray, np.generic))
+    dtype = x.dtype if is_array else type(x) if type(x) in (int, float) else bool
+    is_int = jnp.issubdtype(dtype, jnp.integer)
+    if not (is_int or jnp.issubdtype(dtype, kind)):
+        kind = "an integer" if kind is jnp.integer else "a real number"
+        raise TypeError(f"{name}: expected {kind}, got {x!r}")
+    value = _known(x) if is_array else x
+    return x if value is None else int(value) if is_int else float(value)
 
 
 def _array(name, x, shape, kind, hint=""):
