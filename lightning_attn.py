@@ -560,12 +560,13 @@ def _scan_xla(op, x, do=None, ds=None):
         S = S_out[:, 0 if op.reverse else N - 1]
         ends = (item.valid > 0) & (after == 0)
         if do is not None:
-            # without the barrier XLA on CPUs (jax 0.12.0.1) adds memory that nothing has written
-            read, S_out = lax.optimization_barrier((outputs(qs, ks, vs, q_decay, S_in), S_out))
-            total += (read * dos).sum((1, 3, 4))
+            # The selects change no sum. They keep XLA on CPUs (jax 0.12.0.1) from fusing a sum with
+            # a product of matrices, which would read memory that nothing has written.
+            read = outputs(qs, ks, vs, q_decay, S_in)
+            total += (jnp.where(inside[:, :, None, :, None], read, 0) * dos).sum((1, 3, 4))
             if varlen and ds is not None:
-                at_end = ends[..., None, None, None] * states_of_sequences(ds)
-                total += (at_end * S_out).sum((1, 3, 4))
+                last = jnp.where(ends[..., None, None, None], S_out, 0)
+                total += (last * states_of_sequences(ds)).sum((1, 3, 4))
         if s is not None:
             s = _put_rows(s, jnp.where(ends, item.sequence, n), S_out)
         o = o if o is None else store(o, outputs(qs, ks, vs, q_decay, S_in))
@@ -573,8 +574,7 @@ def _scan_xla(op, x, do=None, ds=None):
         return (S, s, o, o2, total), None
 
     def group_or_nothing(carry, items):  # half of a packed batch's groups may be without work
-        unchanged = lambda carry, _: (carry, None)
-        return lax.cond((items[..., 2] > 0).any(), group, unchanged, carry, items)
+        return lax.cond((items[..., 2] > 0).any(), group, lambda *x: (x[0], None), carry, items)
 
     total, s, o, o2 = jnp.zeros((B, H), wide), None, None, None
     # an empty sequence ends with the state that it starts from
