@@ -24,11 +24,11 @@ Glossary
     n             sequences per batch row: 1 unless the batch is packed (varlen)
     q, k, v, o    queries, keys, values, outputs
     g, g2         log decay of a head per token: in nats (`g_gamma`); to base 2
-    S             state [K, V]. Kernels hold S^T [V, K], except `_step_kernel`
+    S, z          state [K, V]; what a split adds to it. Kernels hold them transposed, [V, K]
     s0, s         initial and final states of sequences
     q2, o2        queries that read S^T; what they read. fused: both scans in one
-    P, D          scores q_i.k_j of a chunk; their decays with the scale and the causal mask
-    i, j          a query and a key of a chunk
+    P, D          scores q_i.k_j of a chunk; decay, scale and causal mask. In kernels [j, i]
+    i, j          a query and a key of a chunk. Scan order: last token first, if reverse
     c, C, rank    a chunk, one step of a loop; its tokens; a token's index in it, in scan order
     segment       tokens that one program scans
     split         part of a segment. The states of splits are summed in parallel
@@ -168,9 +168,9 @@ def lightning_attn(
     Derivatives are reverse mode only: `jax.jvp`, `jax.jacfwd` and the function that `jax.linearize`
     returns raise.
 
-    Not `mask` or `segment_ids` but `cu_seqlens` separates sequences and padding. Not `causal` but
-    `reverse` chooses the tokens that a token reads: up to itself, or from itself on. Not `scale`
-    but `softmax_scale` scales.
+    Use `cu_seqlens`, not `mask` or `segment_ids`, to separate sequences and padding. Every call is
+    causal: a token reads itself and tokens before it or, with `reverse`, after it. The scale is
+    called `softmax_scale`.
 
     `jax.export` of symbolic shapes takes backend="xla". The batch, `seq_len`, known to be 64 or
     more, and the number of boundaries, known to be 2 or more, may be symbolic. A jit over sharded
@@ -194,7 +194,7 @@ def lightning_attn(
         ...)` as `g_gamma`.
       softmax_scale: scale of the outputs, 0 or a normal number of float32; None means
         qk_head_dim ** -0.5. Each number compiles a program of its own. A traced scale is not
-        checked. It multiplies `query`, and the product is rounded to the dtype of `query`.
+        checked. It has a gradient, and multiplies `query` first, in the dtype of `query`.
       initial_state: [n, num_heads, qk_head_dim, v_head_dim], floating: the states that the
         sequences start from. n is the batch or the number of packed sequences. None means zeros.
       reverse: a static bool. True runs from the last token to the first: `initial_state` enters at
@@ -347,7 +347,7 @@ class _WorkItem(NamedTuple):
     sequence: Any  # -1: none
     items_before: Any  # items of the same interval before this item in scan order
     items_after: Any  # items of the same interval after this item in scan order
-    slot: Any  # of a segment: its index among all segments that have a successor
+    slot: Any  # of a segment: how many segments with a successor come before it
 
 
 def _intervals(T, cu_seqlens):
@@ -366,20 +366,20 @@ def _intervals(T, cu_seqlens):
     return bounds, fits & (i > 0) & (i < start.shape[0] - 1)
 
 
-def _work_items(T, cu_seqlens, length, reverse=False, splits=0, of_sequences=False):
+def _work_items(T, cu_seqlens, length, reverse=False, per_segment=0, of_sequences=False):
     """Work items [R, 7] of `length` tokens each, where R is enough for any boundaries.
 
-    Items are segments, anchored where the scan starts. With `splits`, they are the splits of all
-    segments that have a successor, `splits` per segment. Each interval has one item or more, which
+    Items are segments, anchored where the scan starts. With `per_segment`, they are the splits of
+    all segments with a successor, `per_segment` each. Each interval has one item or more, which
     write its outputs and its state, unless the items are `of_sequences`: then only tokens of
     sequences have items."""
     bounds, is_sequence = _intervals(T, cu_seqlens)
     tokens, intervals = bounds[1:] - bounds[:-1], is_sequence.shape[0]
-    count = -(-tokens // (length * max(splits, 1)))
+    count = -(-tokens // (length * max(per_segment, 1)))
     count = jnp.where(is_sequence, count, 0) if of_sequences else jnp.maximum(count, 1)
-    count = (count - 1) * splits if splits else count
+    count = (count - 1) * per_segment if per_segment else count
     ends = jnp.cumsum(count)
-    R = _count_items(T, intervals - 2 if of_sequences else intervals, length, splits, of_sequences)
+    R = _count_items(T, intervals - 2 * of_sequences, length, per_segment, of_sequences)
     item = jnp.arange(R)
     of = jnp.cumsum(jnp.zeros(R, jnp.int32).at[ends].add(1, mode="drop"))  # each item's interval
     used, of = of < intervals, jnp.minimum(of, intervals - 1)
@@ -398,10 +398,10 @@ def _work_items(T, cu_seqlens, length, reverse=False, splits=0, of_sequences=Fal
     return jnp.stack([x.astype(jnp.int32) for x in columns], -1)
 
 
-def _count_items(T, intervals, length, splits=0, of_sequences=False):
+def _count_items(T, intervals, length, per_segment=0, of_sequences=False):
     """How many work items T tokens have at most."""
-    if splits:
-        return (T - 1) // (length * splits) * splits
+    if per_segment:
+        return (T - 1) // (length * per_segment) * per_segment
     if of_sequences or intervals == 1:  # the last token of each interval starts no further item
         return (T - intervals) // length + intervals
     return T // length + intervals
@@ -654,16 +654,16 @@ def _transposed(s):
 
 # Its gradients ------------------------------------------------------------------------------------
 #
-# The scan is linear in q, k, v and s0, so its gradients are scans as well. `back` is the adjoint
-# direction, which starts from the cotangent of the final state and ends with that of s0:
+# The scan is linear in q, k, v and s0, so its gradients are scans as well: scan(q, k, v, from s0).
+# `back` is the adjoint direction, from the cotangent of the final state to that of s0:
 #
 #     dq = scan(do, v, k, from s0^T)           dk = scan back(v, do, q, from ds^T)
 #     ds0 = the end of dv's scan               dv = scan back(k, q, do, from ds)
 #
 # The adjoint has the state A_j = e^{g (T-1-j)} ds + scale sum_{i>=j} e^{g (i-j)} q_i^T do_i, which
 # dv_j = k_j A_j and dk_j = v_j A_j^T read. ds is not scaled, so the scale is of what enters the
-# state. One fused scan, with q2 = v, yields dv and dk. These gradients are scans with gradients of
-# their own: the rules hold for adjoint scans as well.
+# state. A backward pass is two scans, of which one is fused: with q2 = v it yields dv and dk. Both
+# have gradients of their own: the rules hold for adjoint scans as well.
 
 
 def _attend(op, x):
@@ -774,12 +774,12 @@ def _decay_gradient(op, x, do, ds):
 #                             initial state. For 16 bits on Hopper, _hopper_kernel does the same
 #
 # A decode step, the scan of one token per batch row, is one launch of _step_kernel. A scan whose
-# outputs are not needed (`only_state`) is one launch of _chunk_state_kernel. All kernels except
-# _step_kernel hold the state transposed, S^T [V, K]. S^T is then the left operand of o^T = S^T
-# q^T as it lies in registers, without a copy through shared memory. Programs share the columns of
-# values above 128. A program scans the columns of keys above 128 in blocks of BK, one after
-# another: the scan is linear in the keys, and each K block adds to the outputs. A program rereads
-# only outputs that its own threads wrote, so no launch depends on what XLA does with the memory
+# outputs are not needed (`only_state`) is one launch of _chunk_state_kernel; XLA sums splits. All
+# kernels except _step_kernel hold the state transposed, S^T [V, K]. S^T is then the left operand of
+# o^T = S^T q^T as it lies in registers, without a copy through shared memory. Programs divide the
+# columns of values, at most 128 (BV) each. A program scans the columns of keys above 128 in blocks
+# of BK, one after another: the scan is linear in the keys, and each K block adds to the outputs. A
+# program rereads only outputs that it wrote, so no launch depends on what XLA does with the memory
 # between launches. An array that a launch may change in place is passed twice, as an input and as
 # an output: a kernel works whether XLA gives it one array or two.
 
@@ -958,7 +958,7 @@ def _store_final_state(
 @_kernel
 def _load_tile(x, t, valid, stride, column, C: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr):
     """Rows t .. t+C and columns column .. column+BD of x, whose rows are `stride` apart, as
-    [C, BD]: 0 outside of [valid, DIM]."""
+    [C, BD]: 0 outside of [valid, DIM]. The last chunk of a reverse scan may start at t < 0."""
     row, col = tl.arange(0, C)[:, None], tl.arange(0, BD)[None, :]
     inside = (t + row >= 0) & (t + row < valid)
     if DIM % BD != 0:
@@ -1042,7 +1042,7 @@ def _state_passing_kernel(
     S = tl.full([BE], 0.0, tl.float32)
     # num_stages loads later segments ahead. That is safe: no state is loaded after it is stored.
     for _ in tl.range(0, segments, num_stages=3):
-        written = g_length * (SPLITS - 1 - j) > VANISHED
+        written = g_length * (SPLITS - 1 - j) > VANISHED  # as `_chunk_state_kernel` decides
         pointers = states + offset + j * stride + e[None, :]
         z = tl.load(pointers, mask=(e[None, :] < E) & written, other=0.0)  # [SPLITS, BE]
         offset += (SPLITS - 1) * stride
@@ -1083,8 +1083,8 @@ def _chunk_scan_kernel(
     o += ((work.b * p.T + work.item.first) * p.H + work.h) * V
     s0 += _state_offset(work, p.s0_stride, p) * K * V
     s += _state_offset(work, p.sequences, p) * K * V
-    last_split = work.b * p.splits + work.item.slot * p.splits_per_segment - 1
-    s_in += (last_split * p.H + work.h) * K * V
+    split_before = work.b * p.splits + work.item.slot * p.splits_per_segment - 1
+    s_in += (split_before * p.H + work.h) * K * V
 
     rank = (C - 1) * reverse + direction * tl.arange(0, C)
     scale_q, scale_k = _scales(p.scale, after_read)
@@ -1122,7 +1122,7 @@ def _chunk_scan_kernel(
             S = tl.dot(vw, ks, S * tl.exp2(g2 * m), input_precision=PRECISION)  # [BV, C] x [C, BK]
         _store_final_state(S, s, s0, ck, cv, work, final_state, K, V, HAS_S0)
         if NK > 1:
-            tl.debug_barrier()  # threads reread outputs that other threads wrote
+            tl.debug_barrier()  # threads reread outputs of other threads of the program
 
 
 # The chunk scan for 16-bit operands on Hopper, in Gluon. Triton waits for each product and for each
@@ -1341,8 +1341,8 @@ def _hopper_kernel(
         o2 += ((work.b * p.T + work.item.first) * p.H + h) * K
     s0 += _state_offset(work, p.s0_stride, p) * K * V
     s += _state_offset(work, p.sequences, p) * K * V
-    last_split = work.b * p.splits + work.item.slot * p.splits_per_segment - 1
-    s_in += (last_split * p.H + h) * K * V
+    split_before = work.b * p.splits + work.item.slot * p.splits_per_segment - 1
+    s_in += (split_before * p.H + h) * K * V
 
     dtype: gl.constexpr = qd.dtype
     flat: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -1593,15 +1593,15 @@ def _plan_segments(config, num_sms, itemsize, B, H, T, K, V, states_K, states_V,
     as `states_K` and `states_V`, which may be swapped."""
     programs = B * H * -(-V // config.BV)
     # splits whose states take a seventh of the memory of q, k, v and o; the last segment has none
-    room = itemsize * T * (K + V) // (14 * K * V)
+    most = itemsize * T * (K + V) // (14 * K * V)
     # as many segments as fill the GPU
-    segments = max(1, min(num_sms * config.programs_per_sm // programs, T // SEGMENT, 1 + room))
+    segments = max(1, min(num_sms * config.programs_per_sm // programs, T // SEGMENT, 1 + most))
     BK, BV = min(_next_power_of_2(states_K), config.states_BK), min(_next_power_of_2(states_V), 64)
     tiles = -(-states_K // BK) * -(-states_V // BV)
     # Many splits, so that many programs sum the states of a head that never forgets in parallel: of
     # other heads most splits vanish. A power of two, because `tl.arange` counts a segment's splits.
     splits = min(8, 3 * num_sms // (B * segments * tiles), 2 * T // (segments * SEGMENT))
-    splits = min(splits, room // max(1, segments - 1))
+    splits = min(splits, most // max(1, segments - 1))
     splits = 1 << max(1, splits).bit_length() - 1
     split = -(-T // (segments * splits * config.C)) * config.C
     if only_state:  # the last segment's state is wanted as well
@@ -1660,16 +1660,16 @@ def _in_place(call, arrays, in_place):
     return jax.tree.unflatten(jax.tree.structure(out), results)
 
 
-def _params(op, x, B, segments=None, length=0, items=1, splits=0, swapped=False, **more):
+def _params(op, x, B, segments=None, length=0, items=1, per_segment=0, swapped=False, **more):
     """The `_Params` of a launch, and its work items of `length` tokens each. A plain batch has
     `items` per row, which kernels compute."""
     flags = _Flags.REVERSE * op.reverse | _Flags.DECAY_AFTER_READ * op.after_read
     flags |= _Flags.SWAPPED * swapped | _Flags.FINAL_STATE * op.final_state
-    T, work_items = x.v.shape[1], x.g
+    T, work_items = x.v.shape[1], x.g  # a placeholder: plain batches read no items
     if segments:
         more |= dict(splits=segments.splits, splits_per_segment=segments.splits_per_segment)
         if x.cu_seqlens is not None:
-            work_items = _batched_work_items(T, x.cu_seqlens, length, op.reverse, splits)
+            work_items = _batched_work_items(T, x.cu_seqlens, length, op.reverse, per_segment)
             rows, items, columns = work_items.shape
             more["items_stride"] = items * columns if rows > 1 else 0
     for name, a in x._asdict().items():
@@ -1691,7 +1691,7 @@ def _scan_triton(op, x, swapped=False):
     config = _config(arch, num_sms, K, V, x.q.dtype, B, H, T, n, fused)
     one_tile = max(K, V) <= config.BK == config.BV
     if fused and not (config.kernel is _hopper_kernel and one_tile):
-        # each of the two scans is to have the rows of both, q's and q2's
+        # with g in B rows, each of the two scans has the B of the fused scan
         same_rows = x.q.shape[0] == x.q2.shape[0]
         x = x if same_rows else x._replace(g=jnp.broadcast_to(x.g, (B, H)))
         o, s, _ = _scan_triton(op, x._replace(q2=None))
@@ -1706,7 +1706,7 @@ def _scan_triton(op, x, swapped=False):
         config, num_sms, itemsize, B, H, T, K, V, states_K, states_V, op.only_state
     )
     precision = _precision(op, arch)
-    s_in = x.g  # placeholder pointer: kernels never read or write it, here and below
+    s_in = x.g  # a placeholder: no kernel reads or writes it
     if segments.splits:
         states_x = _Operands(None, *states_of, x.g, cu_seqlens=x.cu_seqlens)
         s_in = _launch_states(op, config, segments, states_x, B, precision)
@@ -1816,9 +1816,9 @@ def _launch_scan(op, config, segments, x, B, s_in, swapped, precision):
 #
 # A new operand of the scan goes into
 # - the API (`lightning_attn`, `lightning_attn_reference`) and the checks;
-# - `_Operands` and `_DIMS`; `_Params`, if kernels need its heads or its stride;
+# - `_Operands` and `_DIMS`, which serve vmap and sharding; `_Params`, for its heads and stride;
 # - the math: `_scan_xla`, the kernels and their launches, `_gradients_by_scans`;
-# - `_attend_across`, for calls with seq_axis.
+# - what makes operands anew: `_scan_triton` for the states, `_attend_across` and `_exchange`.
 
 
 def _scan(op, x):
@@ -2120,8 +2120,8 @@ def _states_around(op, axes, T, own, g, s0):
     if s0 is not None:
         every = jnp.concatenate([s0[None], every])
     first = 0 if s0 is None else 1
-    rank = lax.axis_index(axes)
-    rank = devices - 1 - rank if op.reverse else rank
+    place = lax.axis_index(axes)
+    place = devices - 1 - place if op.reverse else place
 
     def after(devices_before):  # the state after `devices_before` devices, s0 included
         age = devices_before - 1 + first - jnp.arange(every.shape[0])
@@ -2130,7 +2130,7 @@ def _states_around(op, axes, T, own, g, s0):
         weight = jnp.broadcast_to(weight, (own.shape[0], *weight.shape[1:]))
         return jnp.einsum("bhd,dbnhkv->bnhkv", weight, every, precision="highest")
 
-    return after(rank), after(devices)
+    return after(place), after(devices)
 
 
 # Checks -------------------------------------------------------------------------------------------
