@@ -2334,9 +2334,8 @@ def test_compute_sanitizer(tool, calls, tmp_path):
 @wants_8_cpus
 def test_snippets_of_the_readme(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_attn", la)
-    names = {}
-    for snippet in re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.S):
-        exec(snippet, names)
+    text, names = (PROJECT / "README.md").read_text(), {}
+    exec("".join(re.findall(r"```python\n(.*?)```", text, re.S)), names)
     R, close = types.SimpleNamespace(**names), functools.partial(assert_close, bar=4e-3)
     recurrence = functools.partial(lightning_attn_reference, layer_idx=0, num_layers=3)
     of_tokens = lambda n, row=slice(None): recurrence(*(x[row, :n] for x in (R.q, R.k, R.v)))
@@ -2344,9 +2343,10 @@ def test_snippets_of_the_readme(monkeypatch):
     close([(R.o, R.s), R.by_jit, R.by_heads, R.by_tokens], [whole, whole[0], whole[0], whole])
     close([R.packed, R.states], recurrence(*R.pack, cu_seqlens=[0, 200, 201, 351, 351, 351]))
     close([R.padded[1, :, :100], R.row_states[1]], of_tokens(100, slice(1, 2)))
+    close([R.left[:, 100:], R.left_s], recurrence(*(x[:, 100:] for x in (R.q, R.k, R.v))))
     close([R.output, R.state], [at_204[0][:, -1:], at_204[1]])
     close([R.slot_outputs[1], R.slots[1]], [at_205[0][0, -1:], at_205[1][0]])
-    assert (R.slots[::2] == 1).all() and not R.padded[1, :, 100:].any()
+    assert (R.slots[::2] == 1).all() and not (R.padded[1, 0, 100:].any() or R.left[:, :100].any())
     f = lambda q: (recurrence(q, R.k, R.v)[0].astype(jnp.float32) ** 2).mean()
     close(R.hessian_times_t, jax.jvp(jax.grad(f), (R.q,), (R.t,))[1])
     slopes = np.log2(R.slopes(6, 4)).tolist(), np.log2(-R.minimax).round(1)[::2].tolist()
