@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures lightning_attn: `python bench.py`, on a GPU or, much less, on a CPU.
+"""Measures lightning_attn: `python bench.py`, on a GPU or, in part, on a CPU.
 
 floor    lower bound of a time: the bytes that must be moved, over the rate of a copy measured in
          the same run. Forward reads q, k, v and writes o; backward reads q, k, v, do and writes dq,
@@ -7,8 +7,8 @@ floor    lower bound of a time: the bytes that must be moved, over the rate of a
 memory   temporary buffers of forward and backward pass together, as a share of q, k, v and o
 clock    median of three rounds of 0.2 s. Short calls are made 20 to a jit, so that Python is not
          measured. Inputs below 256 MiB rotate through four sets, so that L2 does not hold them
-peers    timed by the same clock, each in a process of its own. Their backward time is that of both
-         passes less that of the forward pass. PyTorch's are called from Python one by one
+peers    timed by the same clock, each in a process of its own. Their backward time is the time of
+         both passes minus that of the forward pass. PyTorch's are called from Python one by one
 devices  all GPUs beside one GPU: a jit over batch or heads, and a shard_map with seq_axis
 """
 
@@ -249,16 +249,27 @@ def measure_case(case, rate, rows):
     return row
 
 
-def measure_decode(B, rate, rows, H=32, D=128):
-    """A decode step: in a lax.scan that carries the state, and its kernel alone."""
+def decode_inputs(B, H=32, D=128):
+    """The state, and q, k and v of all steps."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    draw = lambda key: jax.random.normal(key, (DECODE_STEPS, B, 1, H, D), "bfloat16")
+    return jax.random.normal(keys[0], (B, H, D, D)), list(map(draw, keys[1:]))
+
+
+def ms_of_step(step, state, inputs):
+    """ms of a step of a lax.scan that carries the state."""
+    loop = jax.jit(lambda state, *inputs: jax.lax.scan(step, state, inputs))
+    call = loop.lower(state, *inputs).compile()
+    return clock(functools.partial(queue, call, [(state, *inputs)]), DECODE_STEPS)
+
+
+def measure_decode(B, rate, rows):
+    """A decode step: in a lax.scan, and its kernel alone."""
     from lightning_attn import lightning_attn
 
     step = lambda s, qkv: lightning_attn(*qkv, **LAYER, initial_state=s)[::-1]
-    keys = jax.random.split(jax.random.key(0), 4)
-    state = jax.random.normal(keys[0], (B, H, D, D))
-    tokens = [jax.random.normal(k, (DECODE_STEPS, B, 1, H, D), "bfloat16") for k in keys[1:]]
-    loop = jax.jit(lambda s, *tokens: jax.lax.scan(step, s, tokens)).lower(state, *tokens).compile()
-    ms = clock(functools.partial(queue, loop, [(state, *tokens)]), DECODE_STEPS)
+    state, tokens = decode_inputs(B)
+    ms, (_, H, D, _) = ms_of_step(step, state, tokens), state.shape
     row = dict(section="decode", name=f"B = {B}", shape=(B, 1, H, D), forward=ms)
     row["forward_of_floor"] = share = 2 * state.nbytes / rate * 1e3 / ms
     one = jax.jit(lambda s, *qkv: step(s, qkv), donate_argnums=0)
@@ -273,6 +284,32 @@ def measure_decode(B, rate, rows, H=32, D=128):
     us = [f"{x * 1e3:.1f} us" for x in (ms, row["kernel"])]
     say(f"decode   {row['name']:<26}in a scan {us[0]} {share:4.0%}  kernel alone {us[1]}")
     return row
+
+
+def measure_slots(way, rate, rows, B=DECODE_BATCHES[-1]):
+    """A decode step in a lax.scan, in which 3 of 10 rows keep their state."""
+    from lightning_attn import lightning_attn, lightning_g_gamma
+
+    state, tokens = decode_inputs(B)
+    H = state.shape[1]
+    one = lambda q, k, v, g, s: lightning_attn(
+        q[None], k[None], v[None], g_gamma=g, initial_state=s[None]
+    )
+
+    def step(state, inputs):
+        q, k, v, active = inputs
+        if way == "slots by where":
+            o, new = lightning_attn(q, k, v, **LAYER, initial_state=state)
+            return jnp.where(active[:, None, None, None], new, state), o
+        g = jnp.where(active[:, None], lightning_g_gamma(H, *LAYER.values()), 0)
+        k = jnp.where(active[:, None, None, None], k, 0)
+        o, state = jax.vmap(one)(q, k, v, g, state)
+        return state[:, 0], o[:, 0]
+
+    active = jax.random.bernoulli(jax.random.key(1), 0.7, (DECODE_STEPS, B))
+    ms = ms_of_step(step, state, (*tokens, active))
+    say(f"decode   {B} {way:<22}in a scan {ms * 1e3:.1f} us")
+    return dict(section="decode", name=f"{B} {way}", shape=(B, 1, *state.shape[1:3]), forward=ms)
 
 
 # Peers, each in a process of its own ------------------------------------------------------------
@@ -498,7 +535,9 @@ def main():
             pathlib.Path(options.save).write_text(json.dumps(dict(about=about, rows=rows)))
 
     jobs = [(case.section, measure_case, case) for case in cases_of(options)]
-    jobs += [("decode", measure_decode, B) for B in DECODE_BATCHES if not options.shapes]
+    if not options.shapes:
+        jobs += [("decode", measure_decode, B) for B in DECODE_BATCHES]
+        jobs += [("decode", measure_slots, way) for way in ("slots", "slots by where")]
     for section, measure, case in jobs:
         if section in options.only and (section != "devices" or jax.device_count() > 1):
             try:

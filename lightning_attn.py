@@ -27,7 +27,7 @@ Glossary
     S, z          state [K, V]; what a split adds to it. Kernels hold them transposed, [V, K]
     s0, s         initial and final states of sequences
     q2, o2        queries that read S^T; what they read. fused: both scans in one
-    P, D          scores q_i.k_j of a chunk; decay, scale and causal mask. In kernels [j, i]
+    P, D          scores q_i.k_j D_ij of a chunk; decay, scale and causal mask. In kernels [j, i]
     i, j          a query and a key of a chunk. Scan order: last token first, if reverse
     c, C, rank    a chunk, one step of a loop; its tokens; a token's index in it, in scan order
     segment       tokens that one program scans
@@ -169,13 +169,13 @@ def lightning_attn(
     returns raise.
 
     Use `cu_seqlens`, not `mask` or `segment_ids`, to separate sequences and padding. Every call is
-    causal: a token reads itself and tokens before it or, with `reverse`, after it. The scale is
-    called `softmax_scale`.
+    causal, without `causal` or `is_causal`: a token reads itself and tokens before it or, with
+    `reverse`, after it. The scale is called `softmax_scale`, not `scale`.
 
-    `jax.export` of symbolic shapes takes backend="xla". The batch, `seq_len`, known to be 64 or
-    more, and the number of boundaries, known to be 2 or more, may be symbolic. A jit over sharded
-    arrays cannot be exported, because JAX cannot serialize its partitioning: export a
-    `jax.shard_map` instead.
+    `jax.export` takes backend="xla" for symbolic shapes, for several platforms, and on a machine
+    without the GPU. The batch, `seq_len`, known to be 64 or more, and the number of boundaries,
+    known to be 2 or more, may be symbolic. A jit over sharded arrays cannot be exported, because
+    JAX cannot serialize its partitioning: export a `jax.shard_map` instead.
 
     Args:
       query: [batch, seq_len, num_heads, qk_head_dim], float32, bfloat16 or float16. In x64 mode
@@ -214,8 +214,8 @@ def lightning_attn(
       seq_axis: name of a `jax.shard_map` mesh axis, or a tuple of names, over which `seq_len` is
         split evenly, in order: one sequence on many devices. Only states cross it, never tokens.
         `initial_state` and `final_state` are those of the whole sequence.
-      output_final_state: a static bool. False returns None for the final state, and no kernel
-        writes a final state.
+      output_final_state: a static bool. False returns None for the final state, and saves its time
+        and memory. A caller that ignores the final state does not save them.
 
     Returns:
       output: [batch, seq_len, num_heads, v_head_dim], in the dtype of `query`.
@@ -236,8 +236,7 @@ def lightning_attn(
     An eager call waits for the device, because it reads `g_gamma` and `cu_seqlens` to check them.
 
     Raises:
-      TypeError, ValueError: before anything runs. The message names the argument, what was expected
-        and what came.
+      TypeError, ValueError: before anything runs. They name the argument, what it should be and is.
     """
     q, k, v = _qkv(query, key, value)
     g = _log_decays(q, layer_idx, num_layers, g_gamma)
@@ -322,8 +321,7 @@ def lightning_g_gamma(
     """Log decay per token in nats, [num_heads]: -(8 / num_heads) (1 - layer_idx / num_layers) head.
 
     The formula is that of arXiv:2307.14995. `layer_idx` and `num_layers` are integers, possibly
-    traced. They are checked as `lightning_attn` checks them.
-    """
+    traced. They are checked as `lightning_attn` checks them."""
     num_heads = _scalar("num_heads", num_heads)
     if not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"num_heads: expected a static integer of at least 1, got {num_heads!r}")
@@ -331,8 +329,9 @@ def lightning_g_gamma(
     slopes = -8 / num_heads * np.arange(num_heads)
     if isinstance(layer_idx, int) and isinstance(num_layers, int):
         return jnp.asarray((1 - layer_idx / num_layers) * slopes, dtype)
-    layer_idx, num_layers = (jnp.asarray(x).astype(dtype) for x in (layer_idx, num_layers))
-    return (1 - layer_idx / num_layers) * jnp.asarray(slopes, dtype)
+    wide = jnp.promote_types(dtype, jnp.float32)  # the difference cancels digits
+    layer_idx, num_layers = (jnp.asarray(x).astype(wide) for x in (layer_idx, num_layers))
+    return ((1 - layer_idx / num_layers) * jnp.asarray(slopes, wide)).astype(dtype)
 
 
 # Packed batches: where sequences begin and end ----------------------------------------------------
@@ -345,8 +344,8 @@ class _WorkItem(NamedTuple):
     tokens: Any  # number of tokens; -1: no work
     valid: Any  # number of tokens that belong to a sequence: all or none
     sequence: Any  # -1: none
-    items_before: Any  # items of the same interval before this item in scan order
-    items_after: Any  # items of the same interval after this item in scan order
+    items_before: Any  # items of the interval before this item in scan order; plain JAX: of tokens
+    items_after: Any  # items of the interval after this item, likewise
     slot: Any  # of a segment: how many segments with a successor come before it
 
 
@@ -464,8 +463,8 @@ class _Operands(NamedTuple):
         return self._replace(q=q, k=self.v, v=self.k, s0=_transposed(self.s0), q2=None)
 
 
-# The dims: batch rows, tokens, heads, head dims K and V, sequences, boundaries. Launches, shardings
-# and the sharding rule are made from this table.
+# The dims: batch rows, tokens, heads, head dims K and V, sequences, boundaries. Shardings and the
+# sharding rule are made from this table.
 _DIMS = _Operands("b t h k", "b t h k", "b t h v", "b h", "b n h k v", "b m", "b t h v")
 _RESULT_DIMS = "b t h v", "b n h k v", "b t h k"  # o, s, o2
 
@@ -523,14 +522,14 @@ def _scan_xla(op, x, do=None, ds=None):
         tokens = jnp.where(inside, item.first[..., None] + i, T)  # [B | 1, N, C]
 
         def load(a):
-            """Tokens of a [B | 1, T, Ha, D] in chunks [B, N, H, C, D]: 0 for those outside."""
-            Ha, D = a.shape[2:]
+            """Tokens of a [B | 1, T, Ha, :] in chunks [B, N, H, C, :]: 0 for those outside."""
+            Ha, columns = a.shape[2:]
             if varlen:
                 a = jnp.where(inside[..., None, None], _rows_at(a, tokens), 0)
             else:
                 a = lax.dynamic_slice_in_dim(a, item.first[0, 0], N * C, 1)
-            a = a.reshape(-1, N, C, Ha, D).swapaxes(2, 3).astype(dtype)
-            return jnp.broadcast_to(jnp.repeat(a, H // Ha, axis=2), (B, N, H, C, D))
+            a = a.reshape(-1, N, C, Ha, columns).swapaxes(2, 3).astype(dtype)
+            return jnp.broadcast_to(jnp.repeat(a, H // Ha, axis=2), (B, N, H, C, columns))
 
         def store(a, chunks):
             chunks = chunks.swapaxes(2, 3).reshape(B, N * C, H, -1)
@@ -617,15 +616,15 @@ def _pass_states(op, starts, s_decay, Z, entering, S):
     """The states [B, N, H, K, V] before and after the chunks of a group. Chunks decay the state by
     s_decay and add Z. The first state is S and, where a sequence `starts`, that of `entering`."""
     N = Z.shape[1]
-    before, after = [None] * N, [None] * N
+    S_in, S_out = [None] * N, [None] * N
     # Unrolled: a loop would launch a kernel per chunk. No matrix product, in which a NaN times 0
     # would reach the next sequence.
     for c in reversed(range(N)) if op.reverse else range(N):
         if entering is not None:
             S = jnp.where(starts[:, c, None, None, None], entering[:, c], S)
-        before[c], after[c] = S, s_decay[:, c] * S + Z[:, c]
-        S = after[c]
-    return jnp.stack(before, 1), jnp.stack(after, 1)
+        S_in[c], S_out[c] = S, s_decay[:, c] * S + Z[:, c]
+        S = S_out[c]
+    return jnp.stack(S_in, 1), jnp.stack(S_out, 1)
 
 
 def _power(g, x):
@@ -773,15 +772,15 @@ def _decay_gradient(op, x, do, ds):
 #     _chunk_scan_kernel      scans all segments in parallel, each from that state plus the decayed
 #                             initial state. For 16 bits on Hopper, _hopper_kernel does the same
 #
-# A decode step, the scan of one token per batch row, is one launch of _step_kernel. A scan whose
-# outputs are not needed (`only_state`) is one launch of _chunk_state_kernel; XLA sums splits. All
-# kernels except _step_kernel hold the state transposed, S^T [V, K]. S^T is then the left operand of
-# o^T = S^T q^T as it lies in registers, without a copy through shared memory. Programs divide the
-# columns of values, at most 128 (BV) each. A program scans the columns of keys above 128 in blocks
-# of BK, one after another: the scan is linear in the keys, and each K block adds to the outputs. A
-# program rereads only outputs that it wrote, so no launch depends on what XLA does with the memory
-# between launches. An array that a launch may change in place is passed twice, as an input and as
-# an output: a kernel works whether XLA gives it one array or two.
+# A decode step, the scan of one token per plain batch row, is one launch of _step_kernel. A scan
+# whose outputs are not needed (`only_state`) is one launch of _chunk_state_kernel; XLA sums splits.
+# All kernels except _step_kernel hold the state transposed, S^T [V, K]. S^T is then the left
+# operand of o^T = S^T q^T as it lies in registers, without a copy through shared memory. Programs
+# divide the columns of values, at most 128 (BV) each. A program scans the columns of keys above 128
+# in blocks of BK, one after another: the scan is linear in the keys, and each K block adds to the
+# outputs. A program rereads only outputs that it wrote, so no launch depends on what XLA does with
+# the memory between launches. An array that a launch may change in place is passed twice, as an
+# input and as an output: a kernel works whether XLA gives it one array or two.
 
 if triton:
     _kernel, _gluon = triton.jit, gluon.jit
@@ -2194,9 +2193,9 @@ def _log_decays(q, layer_idx, num_layers, g_gamma):
         if (value := _known(g_gamma)) is not None and not (value <= 0).all():
             raise ValueError(f"g_gamma: expected log decays <= 0, got {value.max()}")
     # Decays that could not be checked must not grow. (jnp.minimum would halve the gradient at 0.)
-    g = jnp.where(g > 0, 0, g)
+    g = jnp.where(g > 0, 0, g).astype(dtype)
     # exp(g) underflows long before g = -1e5. The clamp avoids -inf times a distance of 0, a NaN.
-    return jnp.maximum(g.astype(dtype), -1e5)
+    return jnp.where(g < -1e5, -1e5, g)
 
 
 def _layer(layer_idx, num_layers):
@@ -2298,7 +2297,7 @@ def _backend(backend, q, cu_seqlens):
         raise ValueError(f'backend: expected None, "triton" or "xla", got {backend!r}')
     if backend == "triton" and triton is None:
         raise ValueError(
-            'backend: expected None or "xla" where jax-triton and triton cannot be used, got '
+            'backend: expected None or "xla", as jax-triton and triton cannot be used, got '
             f'"triton": {_unfit or "not installed"}. {_NEEDS}'
         )
     arch = _gpu()[0] if _gpu() else None
@@ -2306,7 +2305,7 @@ def _backend(backend, q, cu_seqlens):
     old = arch is not None and arch.startswith("sm_") and int(arch[3:]) < 80
     if backend == "triton" and (arch is None or old):
         raise ValueError(
-            'backend: expected None or "xla" where there is no GPU for the kernels (NVIDIA from '
+            'backend: expected None or "xla" without a GPU for the kernels (NVIDIA from '
             f'sm_80 on, AMD), got "triton" and {arch or jax.default_backend()}'
         )
     if triton is None and not _unfit and arch and not old and backend is None:
@@ -2333,10 +2332,11 @@ def _seq_axes(seq_axis, cu_seqlens):
         )
     axes = seq_axis if isinstance(seq_axis, tuple) else (seq_axis,)
     named = axes and all(isinstance(name, str) for name in axes)
-    if not named or not set(axes) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    if not named or sorted(axes) != sorted(manual & set(axes)):  # names that differ
         raise (ValueError if named else TypeError)(
-            "seq_axis: expected the name of an axis of a shard_map around this call, "
-            f"got {seq_axis!r}"
+            "seq_axis: expected the name of an axis of a shard_map around this call, or different "
+            f"names, got {seq_axis!r}"
         )
     return axes
 
@@ -2384,7 +2384,7 @@ def _known(x):
         return np.asarray(x)
     if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
         return None
-    # An operation on a concrete array gives a tracer where a jit is being traced.
+    # An operation on a concrete array gives a tracer while a jit is traced.
     return None if isinstance(lax.neg(x), jax.core.Tracer) else jax.device_get(x)
 
 
