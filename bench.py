@@ -67,7 +67,7 @@ def shape_of(text):
     return tuple(map(int, numbers))
 
 
-BATCHED, LONG = (8, 4096, 32, 128), (1, 32768, 32, 128)
+BATCHED, LONG, LARGE = (8, 4096, 32, 128), (1, 32768, 32, 128), (32, 4096, 32, 128)
 SHAPES = "8,4096,32,128 1,32768,32,128 1,131072,8,128 16,2048,16,128 4,8192,16,64 1,4096,16,128"
 SHAPES += " 2,8192,16,96 2,8192,16,192 2,8192,16,256"
 SHORT = "1,1024,64,128 1,512,32,128 1,200,32,128"
@@ -95,11 +95,9 @@ def cases_of(options):
         yield Case("lengths", "lightning_attn", (1, T, 16, 128))
     for T in LENGTHS:
         yield Case("lengths", "plain JAX", (1, T, 16, 128), backend="xla", ways=WAYS[:1])
-    for shape, splits in (BATCHED, ("batch", "heads")), ((1, 2**17, 16, 128), ("tokens",)):
+    for shape, *splits in (LARGE, "batch", "heads"), ((1, LONGER, 16, 128), "tokens"):
         for split in None, *splits:
             yield Case("devices", split or "one GPU", shape, split=split)
-    for split in None, "tokens":
-        yield Case("devices", split or "one GPU", (1, LONGER, 16, 128), split=split)
 
 
 # The clock --------------------------------------------------------------------------------------
