@@ -236,7 +236,7 @@ def lightning_attn(
     An eager call waits for the device, because it reads `g_gamma` and `cu_seqlens` to check them.
 
     Raises:
-      TypeError, ValueError: before anything runs. They name the argument, what it should be and is.
+      TypeError, ValueError: before anything runs. Messages name what is expected and what came.
     """
     q, k, v = _qkv(query, key, value)
     g = _log_decays(q, layer_idx, num_layers, g_gamma)
@@ -441,6 +441,8 @@ class _Op:
     after_read: bool = False  # the state decays after it is read, not before a token is added
     only_state: bool = False  # o is [B, 0, H, V]
     final_state: bool = True  # False: s is None
+    o_group: int = 1  # so many neighboring heads of o are summed, and of o2
+    o2_group: int = 1
     name: str = "forward"  # in profiles
 
     def adjoint(self):
@@ -710,8 +712,9 @@ _attend_local.defvjp(lambda op, x: (_attend(op, x), (x, ())), _attend_bwd)
 
 def _two_scans(op, x):
     """A fused scan as two."""
-    o2, *_ = _attend(dataclasses.replace(op, final_state=False), x.transposed(x.q2))
-    o, s, _ = _attend(op, x._replace(q2=None))
+    o, s, _ = _attend(dataclasses.replace(op, o2_group=1), x._replace(q2=None))
+    op = dataclasses.replace(op, final_state=False, o_group=op.o2_group, o2_group=1)
+    o2, *_ = _attend(op, x.transposed(x.q2))
     return o, s, o2
 
 
@@ -726,11 +729,17 @@ def _gradients(op, x, wants_dg, do, ds):
 def _gradients_by_scans(op, x, wants_dg, do, ds):
     if do is None or op.only_state:
         do = jnp.zeros((*x.q.shape[:2], x.g.shape[1], x.v.shape[3]), x.v.dtype)
-    op = dataclasses.replace(op, only_state=False, final_state=False, name="dq")
+    # The scans sum over the heads that share a head of q, k or v, because a scan knows the heads of
+    # its device. The compiler adds up devices in a shard_map, and where all share one head.
+    H, inside = x.g.shape[1], jax.sharding.get_abstract_mesh().manual_axes
+    group_of = lambda heads: 1 if inside or heads == 1 else H // heads
+    q_group, k_group, v_group = (group_of(a.shape[2]) for a in x[:3])
+    op = dataclasses.replace(op, only_state=False, final_state=False, o_group=q_group, name="dq")
     back = dataclasses.replace(op.adjoint(), final_state=x.s0 is not None, name="dk_dv")
+    back = dataclasses.replace(back, o_group=v_group, o2_group=k_group)
     dq, *_ = _attend(op, x.transposed(do))
     dv, ds0, dk = _attend(back, x._replace(q=x.k, k=x.q, v=do, s0=ds, q2=x.v))
-    dq, dk, dv = map(_to_heads, (dq, dk, dv), x[:3])
+    dq, dk, dv = (_sum_heads(a, a.shape[2] // b.shape[2]) for a, b in zip((dq, dk, dv), x))
     dg = None
     if wants_dg is not None:
         dg = _decay_gradient(op, x, do, ds)
@@ -738,13 +747,16 @@ def _gradients_by_scans(op, x, wants_dg, do, ds):
     return _Operands(dq, dk, dv, dg, ds0)
 
 
-def _to_heads(dx, x):
-    """The gradient [B, T, H, ...] of x, summed over the query heads that read each head of x."""
-    (B, T, H, columns), heads = dx.shape, x.shape[2]
-    if heads == H:
-        return dx
-    dx = dx.reshape(B, T, heads, H // heads, columns)
-    return dx.sum(3, dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+def _sum_heads(x, group):
+    """x [..., H, columns], summed over each `group` of neighboring heads. A device that has only
+    parts of groups gets the sums of these parts, in float32."""
+    *front, H, columns = x.shape
+    size = math.gcd(H, group)
+    if size == 1:
+        return x
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    sums = x.reshape(*front, H // size, size, columns).sum(-2, dtype=wide)
+    return sums.astype(x.dtype) if size == group else sums
 
 
 def _decay_gradient(op, x, do, ds):
@@ -1854,90 +1866,66 @@ def _with_sharding_rule(op, x):
     if not all(a.size for a in jax.tree.leaves(x)) or mesh.manual_axes and free == 1:
         return _dispatch(op, x)
     inside = free if mesh.manual_axes else None  # devices that a shard_map leaves to the compiler
-    dims = _dims(op, x)
     # jit, because custom_partitioning takes no constants: jit makes closed-over constants its own
-    call = custom_partitioning(jax.jit(functools.partial(_dispatch, op)))
+    scan = jax.jit(functools.partial(_dispatch, op))
+    dims = _dims(x, jax.eval_shape(scan, x))
+    rule = [[named for named in side if named] for side in (dims.operands, dims.results)]
+    whole = tuple(dim for side in rule for named in side for dim in named if "whole" in dim)
+    call = custom_partitioning(scan)
     call.def_partition(
         functools.partial(_partition, op, dims, inside),
-        sharding_rule=functools.partial(_sharding_rule, dims, inside),
+        sharding_rule=" -> ".join(", ".join(map(" ".join, side)) for side in rule),
+        need_replication_factors=whole,
         decode_shardings=False,  # JAX decodes whole mesh axes: the compiler may split parts of them
     )
     return call(x)
 
 
 class _Dims(NamedTuple):
-    operands: _Operands  # names of the dims of each operand
-    results: tuple  # names of the dims of each result
+    """Names of the dims of each operand and result. Dims of the same name are split alike: those of
+    vmap, "b", "h", and "few" for heads that are fewer than H. "whole0", ... stay whole."""
+
+    operands: _Operands
+    results: tuple
     H: int
-    few: int  # heads of the operands that have fewer heads than the decay, but more than 1
+    few: int  # the number of heads that "few" names
 
 
-def _dims(op, x):
-    """The `_Dims` of a scan. A dim of size 1 that others have more of is "1". Fewer heads are
-    "few"."""
+def _dims(x, results):
     vmapped = [f"vmap{i}" for i in range(x.g.ndim - 2)]
     sizes = zip(*(a.shape[: len(vmapped) + 1] for a in jax.tree.leaves(x)))
     full = dict(zip([*vmapped, "b"], map(_shared, sizes)), h=x.g.shape[-1])
+    whole = map("whole{}".format, itertools.count())
 
     def name(dim, size):
-        return dim if size == full.get(dim, size) else "1" if size == 1 else "few"
+        return dim if size == full.get(dim) else "few" if dim == "h" and size > 1 else next(whole)
 
     def names(dims, a):
         return None if a is None else list(map(name, [*vmapped, *dims.split()], a.shape))
 
-    wanted = zip(_RESULT_DIMS, (True, op.final_state, x.q2 is not None))
-    results = tuple([*vmapped, *dims.split()] if want else None for dims, want in wanted)
-    if op.only_state:
-        results[0][-3] = "no_tokens"
     few = min((a.shape[-2] for a in x[:3] if a.shape[-2] > 1), default=full["h"])
-    return _Dims(_Operands(*map(names, _DIMS, x)), results, full["h"], few)
+    operands, results = _Operands(*map(names, _DIMS, x)), tuple(map(names, _RESULT_DIMS, results))
+    return _Dims(operands, results, full["h"], few)
 
 
-def _sharding_rule(dims, inside, mesh, *_):
-    """What the compiler may split: batch rows, dims of vmap, and heads. Operands with fewer heads
-    share the factor "g" of the heads, which is as large as the devices can use: 2 key heads are
-    (g), and 8 query heads (g r). With 6 key heads on 4 devices, these are (g s), where g is 2."""
-    axes = [inside] if inside else [*mesh.shape.values()] or [jax.device_count()]
-    g = math.gcd(dims.few, math.prod(axes))
-    if axes[-1] % g and g % axes[-1]:  # the last axis, which usually splits heads, could not
-        g = math.gcd(dims.few, axes[-1])
-    g = g if dims.few < dims.H else dims.H
-    sizes = {"g": g, "r": dims.H // g, "s": dims.few // g}
-    of_dim = {"h": "gr", "few": "gs", "1": ""}
-    own = map("one{}".format, itertools.count())
-
-    def write(dim):
-        if dim not in of_dim:
-            return dim
-        parts = [factor for factor in of_dim[dim] if sizes[factor] > 1] or [next(own)]
-        return parts[0] if len(parts) == 1 else f"({' '.join(parts)})"
-
-    sides = [[list(map(write, a)) for a in side if a] for side in (dims.operands, dims.results)]
-    words = [word for side in sides for a in side for word in a]
-    # in order of appearance, as the compiler wants them
-    factors = dict.fromkeys(" ".join(words).replace("(", "").replace(")", "").split())
-    whole = tuple(f for f in factors if f in ("t", "no_tokens", "k", "v", "n", "m", "s"))
-    unseen = {f: size for f, size in sizes.items() if f in factors and f not in words}
-    rule = " -> ".join(", ".join(map(" ".join, side)) for side in sides)
-    return rule, {"need_replication_factors": whole, **unseen}
-
-
-def _partition(op, dims, inside, mesh, _, results):
+def _partition(op, dims, inside, mesh, operands, results):
     """How one device scans its part: mesh, function, shardings of the results and the operands."""
-    o = results[0]
-    devices = sorted(o.sharding.device_set, key=lambda device: device.id)[:inside]
-    part = _parts(o, len(devices))
-    part[:, [-3, -1]] = 0  # tokens and columns stay whole
-    whole_heads = part.copy()
-    whole_heads[:, -2] = 0
-    count = 1 + int(part[:, -2].max())  # parts of the heads
+    split = [*dims.results[0][:-3], "h"]  # dims of vmap, batch rows, heads
+    # the first array that has all of these, or most of them
+    arrays = zip((*dims.results, *dims.operands), (*results, *operands[0]))
+    named, array = max(arrays, key=lambda pair: len({*split} & {*(pair[0] or ())}))
+    devices = sorted(array.sharding.device_set, key=lambda device: device.id)[:inside]
+    parts = dict(zip(named, _parts(array, len(devices)).T))
+    part = np.stack([parts.get(dim, np.zeros(len(devices), int)) for dim in split], -1)
+    whole_heads = part * [dim != "h" for dim in split]
+    count = 1 + int(part[:, -1].max())  # parts of the heads
     # The heads of operands with few heads are in fewer parts, `few`, if devices share heads. A
     # device selects its heads by its number among these, which is not known in a shard_map.
     tries = (part, count, math.gcd(dims.few, count)), (part, count, 1), (whole_heads, 1, 1)
     for tried, count, few in *tries, (0 * part, 1, 1):
         selects = few < min(dims.few, count)
         if dims.H % count == 0 and not (selects and inside):
-            if axes := _axes(np.c_[tried, tried[:, -2] // (count // few)]):
+            if axes := _axes(np.c_[tried, tried[:, -1] // (count // few)]):
                 break
     names = [f"axis{i}" for i in range(len(axes))]
     mesh = jax.sharding.Mesh(np.array(devices).reshape([size for size, _ in axes]), names)
@@ -1946,28 +1934,39 @@ def _partition(op, dims, inside, mesh, _, results):
         steps = [(step[column], name) for (_, step), name in zip(axes, names) if step[column]]
         return tuple(name for _, name in sorted(steps, reverse=True))
 
-    split = dict(zip([*dims.results[0], "few"], map(axes_of, range(part.shape[1] + 1))))
+    split = dict(zip([*split, "few"], map(axes_of, range(part.shape[1] + 1))))
 
     def put(named):
         if named is None:
             return None
         return NamedSharding(mesh, PartitionSpec(*(split.get(dim) or None for dim in named)))
 
-    def own_heads(a, named):
-        """The heads of a that the heads of this device read: a single head, or a head for each."""
-        if a is None or not selects or "few" not in named:
-            return a
-        device = lax.axis_index([name for name in split["h"] if name not in split["few"]])
-        heads, group = dims.H // count, dims.H // dims.few
-        if group % heads == 0:
-            return lax.dynamic_slice_in_dim(a, device * heads // group, 1, axis=-2)
-        return jnp.take(a, (device * heads + jnp.arange(heads)) // group, axis=-2)
+    sharing = [name for name in split["h"] if name not in split["few"]]
+    heads, group = dims.H // count, dims.H // dims.few
+    size = math.gcd(heads, group)  # neighbors that read the same head
+
+    def read():
+        """Which of the few heads of this device each `size` of its heads read."""
+        return (lax.axis_index(sharing) * heads + size * jnp.arange(heads // size)) // group
+
+    select = lambda a: jnp.take(a, read(), axis=-2, mode="clip")
+
+    def sum_devices(a):
+        """The sums of the heads that read each of the few heads, on all devices that have such."""
+        reads = (read() == jnp.arange(dims.few // few)[:, None])[..., None]
+        wide = jnp.promote_types(a.dtype, jnp.float32)
+        sums = jnp.where(reads, a[..., None, :, :], 0).sum(-2, dtype=wide)
+        return lax.psum(sums, sharing).astype(results[0].dtype)
+
+    def on_few(f, arrays, named):
+        return (f(a) if "few" in (dims or ()) else a for a, dims in zip(arrays, named))
 
     def one_device(x):
-        x = _Operands(*map(own_heads, x, dims.operands))
+        x = _Operands(*on_few(select, x, dims.operands)) if selects else x
         # each device sees unsharded arrays
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            return _dispatch(op, x)
+            found = _dispatch(op, x)
+        return tuple(on_few(sum_devices, found, dims.results)) if sharing else found
 
     return mesh, one_device, tuple(map(put, dims.results)), (_Operands(*map(put, dims.operands)),)
 
@@ -2010,7 +2009,8 @@ def _dispatch(op, x):
     def run(scan, *leaves):
         folded = jax.tree.unflatten(jax.tree.structure(x), leaves)
         results = scan(op, jax.tree.map(fold, folded) if front > 1 else folded)
-        results = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), results)
+        o, s, o2 = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), results)
+        results = _sum_heads(o, op.o_group), s, o2 if o2 is None else _sum_heads(o2, op.o2_group)
         return _pcast(results, _varying(leaves))
 
     with jax.named_scope(f"lightning_attn_{op.name}"):
@@ -2335,8 +2335,8 @@ def _seq_axes(seq_axis, cu_seqlens):
     manual = set(jax.sharding.get_abstract_mesh().manual_axes)
     if not named or sorted(axes) != sorted(manual & set(axes)):  # names that differ
         raise (ValueError if named else TypeError)(
-            "seq_axis: expected the name of an axis of a shard_map around this call, or different "
-            f"names, got {seq_axis!r}"
+            "seq_axis: expected the name of an axis of a shard_map around this call, or a tuple of "
+            f"different names, got {seq_axis!r}"
         )
     return axes
 

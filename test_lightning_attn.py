@@ -1490,6 +1490,7 @@ MORE_HEADS = [(2, 2), (3, 1), (5, 5), (9, 3), (10, 10), (15, 5), (16, 1), (16, 1
             *itertools.product(MESHES, HEADS, ["batch"], [AUTO]),
             *itertools.product([(4,)], MORE_HEADS, ["batch"], [AUTO]),
             *itertools.product([(4,), (2, 2)], HEADS[:2], ["decode", "packed"], [AUTO]),
+            *itertools.product([(2, 2), (2, 3), (2, 4)], HEADS[:3], ["over-both-axes"], [AUTO]),
             *itertools.product([(2,), (2, 2), (2, 4)], [(16, 4)], ["batch", "packed"], [EXPLICIT]),
         ]
         for id in [f"{'x'.join(map(str, sizes))}-{H}-{Hk}-{what}-{kind.name}"]
@@ -1498,7 +1499,7 @@ MORE_HEADS = [(2, 2), (3, 1), (5, 5), (9, 3), (10, 10), (15, 5), (16, 1), (16, 1
 def test_heads_from_projections(sizes, H, Hk, what, kind, precise):
     """Columns of projections are split over devices, as in tensor parallelism, for any numbers of
     heads, key heads and devices. Heads that fit the devices are not gathered."""
-    B, T, D, M = 2, {"batch": 40, "decode": 1, "packed": 60}[what], 24, 16
+    B, T, D, M = 2, {"decode": 1, "packed": 60}.get(what, 40), 24, 16
     B, cu = (1, [0, 20, 20, 50]) if what == "packed" else (B, None)
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
@@ -1512,14 +1513,13 @@ def test_heads_from_projections(sizes, H, Hk, what, kind, precise):
 
     both = lambda *args: (f(*args), jax.grad(sum_of_squares(f), (0, 1, 2, 3, 4))(*args))
     mesh = mesh_of(kind, **dict(zip(names, sizes)))
-    rows = "d" if len(sizes) > 1 and cu is None else None
-    fits, kv_fits = H % sizes[-1] == 0, Hk % sizes[-1] == 0
-    state = P(rows, "t" if fits else None)
-    on_mesh = put(mesh, (P(rows), *[P(None, "t")] * 3, state), args)
+    over = names if what == "over-both-axes" else "t"
+    rows = "d" if len(sizes) > 1 and cu is None and over == "t" else None
+    parts = sizes[-1] if over == "t" else math.prod(sizes)
+    fits, kv_fits = H % parts == 0, Hk % parts == 0
+    on_mesh = put(mesh, (P(rows), *[P(None, over)] * 3, P(rows, over if fits else None)), args)
     compiled = jax.jit(both).lower(*on_mesh).compile()
     assert_close(compiled(*on_mesh), jax.jit(both)(*args), 1e-5)
-    if sizes[-1] % Hk and not kv_fits:  # sums over groups that devices share in part are gathered
-        compiled = jax.jit(f).lower(*on_mesh).compile()
     sent = [x for x in collectives(compiled) if x[0] != "all-reduce"]
     if fits and not HAS_GPU:  # at most all key heads are sent
         most = 0 if kv_fits else B // (sizes[0] if rows else 1) * T * Hk * D
@@ -1785,7 +1785,7 @@ def wrong_calls():
     cu = lambda *c, dtype="int32": np.array(c, dtype)
     float8, bfloat16 = jnp.asarray(q, "float8_e4m3fn"), jnp.asarray(k, "bfloat16")
     integer, scale = "an integer, got", "0 or a normal number of float32, got"
-    axis = "the name of an axis of a shard_map around this call, or different names, got"
+    axis = "the name of an axis of a shard_map around this call, or a tuple of different names, got"
     layer = "layer_idx and num_layers, or g_gamma"
     hint = "query is [batch, seq_len, num_heads, head_dim], so here seq_len is 8 and num_heads 4"
     no_layer, packed = dict(layer_idx=None, num_layers=None), dict(query=q[:1], key=k[:1])
