@@ -439,7 +439,7 @@ def plot_lengths(axes, rows):
                 axes.loglog(*zip(*points), style, color=colour, lw=width, label=label)
     for row in lines:
         if row["name"] == "fla" and row["shape"][1] == LENGTHS[0] and "forward" in row:
-            at, offset = (LENGTHS[0], row["forward"]), (4, -12)
+            at, offset = (LENGTHS[0], row["forward"]), (4, 6)
             text = "the time that Python takes to launch fla"
             axes.annotate(text, at, offset, textcoords="offset points", color=GREY, fontsize=8.5)
     axes.set_xticks(LENGTHS, [f"{T // 1024}k" for T in LENGTHS])

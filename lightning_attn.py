@@ -1859,8 +1859,8 @@ def _with_vmap_rule(op):
 
 
 def _with_sharding_rule(op, x):
-    """The scan with a sharding rule: each device scans its own batch rows and heads, and nothing is
-    sent."""
+    """The scan with a sharding rule: each device scans its own batch rows and heads. Only sums over
+    heads that devices share are sent."""
     mesh = jax.sharding.get_abstract_mesh()
     free = math.prod(n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
     if not all(a.size for a in jax.tree.leaves(x)) or mesh.manual_axes and free == 1:
@@ -1883,7 +1883,7 @@ def _with_sharding_rule(op, x):
 
 class _Dims(NamedTuple):
     """Names of the dims of each operand and result. Dims of the same name are split alike: those of
-    vmap, "b", "h", and "few" for heads that are fewer than H. "whole0", ... stay whole."""
+    vmap, "b", "h", and "few" for heads fewer than H. Each dim that stays whole has its own name."""
 
     operands: _Operands
     results: tuple
@@ -1962,11 +1962,11 @@ def _partition(op, dims, inside, mesh, operands, results):
         return (f(a) if "few" in (dims or ()) else a for a, dims in zip(arrays, named))
 
     def one_device(x):
-        x = _Operands(*on_few(select, x, dims.operands)) if selects else x
         # each device sees unsharded arrays
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            x = _Operands(*on_few(select, x, dims.operands)) if selects else x
             found = _dispatch(op, x)
-        return tuple(on_few(sum_devices, found, dims.results)) if sharing else found
+            return tuple(on_few(sum_devices, found, dims.results)) if sharing else found
 
     return mesh, one_device, tuple(map(put, dims.results)), (_Operands(*map(put, dims.operands)),)
 
