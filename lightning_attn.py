@@ -48,12 +48,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.interpreters import partial_eval
+from jax.interpreters import mlir, partial_eval
 from jax.sharding import NamedSharding, PartitionSpec
 
 __version__ = "0.1.0"
@@ -203,9 +204,8 @@ def lightning_attn(
         that are packed in a batch of 1. Equal neighbours are an empty sequence. Tokens past the
         last boundary belong to no sequence: their outputs and gradients are 0, whatever they hold.
         Traced boundaries cannot be checked: lengths instead of boundaries pass in silence. They may
-        start after 0, and tokens before them belong to no sequence. A sequence counts as empty if
-        it runs backwards or outside of the tokens, or starts before the first boundary or before
-        the largest end of earlier sequences.
+        start after 0, and tokens before them belong to no sequence. Of boundaries that decrease or
+        lie outside of the tokens nothing is promised, except that no kernel leaves its arrays.
       g_gamma: [num_heads], log decay per token in nats, <= 0, possibly traced. Values above 0 raise
         if they are concrete. Otherwise they count as 0, and their gradient is 0.
       backend: None picks when the computation is lowered: Triton for cuda and rocm, plain JAX for
@@ -289,12 +289,12 @@ def lightning_attn_reference(
     (B, T, H, K), V, dtype = q.shape, v.shape[3], g.dtype
     n = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     s = jnp.zeros((n, H, K, V), dtype) if s is None else s
+    s = _pcast(s, _varying(q, k, v, g, cu_seqlens))
     token = jnp.arange(T)
     member = jnp.ones((T, B), bool)  # [T, n]
     if cu_seqlens is not None:
-        bounds, is_sequence = _intervals(T, cu_seqlens)
-        start, end = bounds[1:-2], bounds[2:-1]
-        member = is_sequence[1:-1] & (start <= token[:, None]) & (token[:, None] < end)
+        bounds, _ = _intervals(T, cu_seqlens)
+        member = (bounds[1:-2] <= token[:, None]) & (token[:, None] < bounds[2:-1])
 
     def step(s, x):
         q, k, v, member = x  # [B, H, K], [B, H, K], [B, H, V], [n]
@@ -331,7 +331,9 @@ def lightning_g_gamma(
         return jnp.asarray((1 - layer_idx / num_layers) * slopes, dtype)
     wide = jnp.promote_types(dtype, jnp.float32)  # the difference cancels digits
     layer_idx, num_layers = (jnp.asarray(x).astype(wide) for x in (layer_idx, num_layers))
-    return ((1 - layer_idx / num_layers) * jnp.asarray(slopes, wide)).astype(dtype)
+    left = 1 - layer_idx / num_layers
+    # A layer past the last layer, which could not be checked, forgets nothing.
+    return (jnp.where(left < 0, 0, left) * jnp.asarray(slopes, wide)).astype(dtype)
 
 
 # Packed batches: where sequences begin and end ----------------------------------------------------
@@ -352,17 +354,11 @@ class _WorkItem(NamedTuple):
 def _intervals(T, cu_seqlens):
     """Splits T tokens at boundaries [n + 1], which may hold anything, into n + 2 intervals: before
     the first sequence, each sequence, after the last. Returns bounds [n + 3] that never decrease,
-    and which intervals are sequences. A sequence that runs backwards, outside of the tokens or into
-    an earlier sequence counts as empty, and the tokens of its interval belong to no sequence."""
-    zero, last = jnp.zeros(1, jnp.int32), jnp.full(1, T, jnp.int32)
-    start, end = jnp.concatenate([zero, cu_seqlens]), jnp.concatenate([cu_seqlens, last])
-    fits = (start >= 0) & (start <= end) & (end <= T)
-    ends = lax.cummax(jnp.where(fits, end, 0))
-    latest = jnp.concatenate([zero, ends[:-1]])  # the largest end so far
-    fits &= start >= latest
-    bounds = jnp.concatenate([jnp.where(fits, start, latest), last])
-    i = jnp.arange(start.shape[0])
-    return bounds, fits & (i > 0) & (i < start.shape[0] - 1)
+    and which intervals are sequences."""
+    ends = jnp.zeros(1, jnp.int32), jnp.full(1, T, jnp.int32)
+    bounds = lax.cummax(jnp.concatenate([ends[0], jnp.clip(cu_seqlens, 0, T), ends[1]]))
+    i = jnp.arange(cu_seqlens.shape[0] + 1)
+    return bounds, (i > 0) & (i < i.shape[0] - 1)
 
 
 def _work_items(T, cu_seqlens, length, reverse=False, per_segment=0, of_sequences=False):
@@ -439,7 +435,7 @@ class _Op:
     backend: str | None
     precision: Any  # jax.default_matmul_precision at the call
     after_read: bool = False  # the state decays after it is read, not before a token is added
-    only_state: bool = False  # o is [B, 0, H, V]
+    only_state: bool = False  # o is None
     final_state: bool = True  # False: s is None
     o_group: int = 1  # so many neighboring heads of o are summed, and of o2
     o2_group: int = 1
@@ -459,6 +455,11 @@ class _Operands(NamedTuple):
     s0: Any = None
     cu_seqlens: Any = None
     q2: Any = None
+
+    @property
+    def untouched(self):
+        """Stands for an array that a kernel neither reads nor writes: any array will do."""
+        return self.g
 
     def transposed(self, q):
         """The operands of the scan in which queries q read S^T."""
@@ -591,8 +592,8 @@ def _scan_xla(op, x, do=None, ds=None):
     if do is not None:
         return total if varlen or ds is None else total + (ds[:, 0] * S).sum((-1, -2))
     s = s if varlen or not op.final_state else S[:, None]
-    o = jnp.zeros((B, 0, H, V), dtype) if op.only_state else o[:, :T]
-    return o, s, None if o2 is None else o2[:, :T]
+    o, o2 = (a if a is None else a[:, :T] for a in (o, o2))
+    return o, s, o2
 
 
 def _groups(T, n, cu_seqlens, widest, most):
@@ -682,7 +683,8 @@ def _forward(op, x):
     taken = set(jax.tree.leaves(rows))
     heads = (spec[2] for spec in specs if not taken & set(jax.tree.leaves(spec[2])))
     out = PartitionSpec(rows, None, next((names for names in heads if names is not None), None))
-    out = out, out if op.final_state else None, None if x.q2 is None else out
+    wanted = not op.only_state, op.final_state, x.q2 is not None
+    out = tuple(out if is_wanted else None for is_wanted in wanted)
     return _in_auto_mode(functools.partial(_scan, op), (x,), out)
 
 
@@ -727,7 +729,7 @@ def _gradients(op, x, wants_dg, do, ds):
 
 
 def _gradients_by_scans(op, x, wants_dg, do, ds):
-    if do is None or op.only_state:
+    if do is None:
         do = jnp.zeros((*x.q.shape[:2], x.g.shape[1], x.v.shape[3]), x.v.dtype)
     # The scans sum over the heads that share a head of q, k or v, because a scan knows the heads of
     # its device. The compiler adds up devices in a shard_map, and where all share one head.
@@ -748,8 +750,10 @@ def _gradients_by_scans(op, x, wants_dg, do, ds):
 
 
 def _sum_heads(x, group):
-    """x [..., H, columns], summed over each `group` of neighboring heads. A device that has only
-    parts of groups gets the sums of these parts, in float32."""
+    """x [..., H, columns] or None, summed over each `group` of neighboring heads. A device that has
+    only parts of groups gets the sums of these parts, in float32."""
+    if x is None:
+        return None
     *front, H, columns = x.shape
     size = math.gcd(H, group)
     if size == 1:
@@ -1064,7 +1068,7 @@ def _state_passing_kernel(
 
 @_kernel
 def _chunk_scan_kernel(
-    q, k, v, g, s0, s_in, work_items, s, o, params,
+    s0, q, k, v, g, s_in, work_items, s, o, params,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     IS_VARLEN: tl.constexpr, SEGMENTED: tl.constexpr, HAS_S0: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -1314,7 +1318,7 @@ def _store_output(
 
 @_gluon
 def _hopper_kernel(
-    qd, kd, vd, q2d, g, s0, s_in, work_items, s, o, o2, params,
+    s0, qd, kd, vd, q2d, g, s_in, work_items, s, o, o2, params,
     K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, IS_VARLEN: gl.constexpr, SEGMENTED: gl.constexpr, HAS_S0: gl.constexpr,
     FUSED: gl.constexpr,
@@ -1472,7 +1476,7 @@ def _hopper_kernel(
 
 @_kernel
 def _step_kernel(
-    q, k, v, g, s0, s, o, params,
+    s0, q, k, v, g, s, o, params,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_S0: tl.constexpr,
 ):  # fmt: skip
     """The scan of one token (decoding): no matrix products, and the state is read and written once.
@@ -1646,25 +1650,25 @@ def _gpu():
         return None
 
 
-def _launch(kernel, *arrays, out, programs, params, in_place=None, **arguments):
-    """Launches a kernel and returns its outputs, which are like `out`. `in_place` {input: output}
-    are arrays that XLA may give the same memory."""
+def _launch(kernel, *arrays, out, programs, params, in_place=False, **arguments):
+    """Launches a kernel and returns its outputs, which are like `out`. `in_place`: XLA may give the
+    first output the memory of the first input."""
     arguments |= dict(kernel=kernel, out_type=out, grid=(programs,), params=tuple(params))
     # Triton 3.9 warns if this is left out, because 3.10 is to change its default
     arguments["backend_options"] = {"enable_fp_fusion": True}
     call = functools.partial(jax_triton.triton_call, **arguments)
-    return _in_place(call, arrays, in_place) if in_place else call(*arrays)
+    return _in_place(call, arrays) if in_place else call(*arrays)
 
 
-def _in_place(call, arrays, in_place):
-    """call(*arrays), of which XLA may give `in_place` {input: output} the same memory."""
+def _in_place(call, arrays):
+    """call(*arrays), whose first output XLA may give the memory of the first input."""
     # jax-triton would pass such an array once. That is wrong if XLA gives the output other memory
     # after all: the output of a call in a loop that stacks outputs is a row of the stack. So the
     # call is traced with separate outputs, and only its lowering learns of the sharing.
     jaxpr, out = jax.make_jaxpr(call, return_shape=True)(*arrays)
     (eqn,) = jaxpr.eqns
     operands = dict(zip(jaxpr.jaxpr.invars, arrays, strict=True))
-    aliases = type(eqn.params["input_output_aliases"])(in_place)
+    aliases = type(eqn.params["input_output_aliases"])({0: 0})
     results = eqn.primitive.bind(
         *map(operands.get, eqn.invars), **eqn.params | {"input_output_aliases": aliases}
     )
@@ -1676,7 +1680,7 @@ def _params(op, x, B, segments=None, length=0, items=1, per_segment=0, swapped=F
     `items` per row, which kernels compute."""
     flags = _Flags.REVERSE * op.reverse | _Flags.DECAY_AFTER_READ * op.after_read
     flags |= _Flags.SWAPPED * swapped | _Flags.FINAL_STATE * op.final_state
-    T, work_items = x.v.shape[1], x.g  # a placeholder: plain batches read no items
+    T, work_items = x.v.shape[1], x.untouched  # plain batches read no items
     if segments:
         more |= dict(splits=segments.splits, splits_per_segment=segments.splits_per_segment)
         if x.cu_seqlens is not None:
@@ -1717,18 +1721,22 @@ def _scan_triton(op, x, swapped=False):
         config, num_sms, itemsize, B, H, T, K, V, states_K, states_V, op.only_state
     )
     precision = _precision(op, arch)
-    s_in = x.g  # a placeholder: no kernel reads or writes it
+    s_in = x.untouched
     if segments.splits:
         states_x = _Operands(None, *states_of, x.g, cu_seqlens=x.cu_seqlens)
         s_in = _launch_states(op, config, segments, states_x, B, precision)
     if op.only_state:
-        return jnp.zeros((B, 0, H, V), x.q.dtype), _state_after(segments, s_in, x.g, T), None
+        return None, _state_after(segments, s_in, x.g, T), None
     return _launch_scan(op, config, segments, x, B, s_in, swapped, precision)
 
 
+def _updates_state(op, x, B):
+    """Whether each initial state has a final state of its own, which may take its memory."""
+    return x.s0 is not None and op.final_state and x.s0.shape[0] == B
+
+
 def _outputs(op, B, T, H, K, V, n, dtype, fused=False):
-    """What a scan's kernel writes: s, o and o2. A result that nobody reads is None: the kernel gets
-    a placeholder instead."""
+    """What a scan's kernel writes: s, o and o2. A result that nobody reads is None."""
     states = jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
     o, o2 = (jax.ShapeDtypeStruct((B, T, H, D), dtype) for D in (V, K))
     return states if op.final_state else None, o, o2 if fused else None
@@ -1739,12 +1747,10 @@ def _launch_step(op, x, B):
     _, T, H, K, V, n = _sizes(x)
     BK = _next_power_of_2(K)
     BV = min(_next_power_of_2(V), max(16, 8192 // BK))
-    has_s0, unwritten = x.s0 is not None, () if op.final_state else (x.g,)
+    has_s0, unwritten = x.s0 is not None, () if op.final_state else (x.untouched,)
     s, o, o2 = _launch(
-        _step_kernel, x.q, x.k, x.v, x.g, x.s0 if has_s0 else x.g, *unwritten,
-        out=_outputs(op, B, T, H, K, V, n, x.q.dtype),
-        # argument 4 is s0, output 0 the final state
-        in_place={4: 0} if has_s0 and op.final_state and x.s0.shape[0] == B else None,
+        _step_kernel, x.s0 if has_s0 else x.untouched, x.q, x.k, x.v, x.g, *unwritten,
+        out=_outputs(op, B, T, H, K, V, n, x.q.dtype), in_place=_updates_state(op, x, B),
         programs=B * H * -(-V // BV), params=_params(op, x, B)[0],
         K=K, V=V, BK=BK, BV=BV, HAS_S0=has_s0, num_warps=4, num_stages=1,
     )  # fmt: skip
@@ -1774,7 +1780,7 @@ def _launch_states(op, config, segments, x, B, precision):
     walks = splits // per_segment if varlen else 1
     return _launch(
         _state_passing_kernel, states, x.g, work_items,
-        out=shape, in_place={0: 0}, programs=B * walks * H * -(-K * V // BE),
+        out=shape, in_place=True, programs=B * walks * H * -(-K * V // BE),
         params=params._replace(items=walks),
         SPLITS=per_segment, E=K * V, BE=BE, IS_VARLEN=varlen, num_warps=4, num_stages=1,
     )  # fmt: skip
@@ -1812,10 +1818,12 @@ def _launch_scan(op, config, segments, x, B, s_in, swapped, precision):
         own |= {} if fused else {"o2": 0}  # the kernel does not touch o2 then
     else:
         own = {"num_stages": config.num_stages, "PRECISION": precision}
-    unwritten = () if op.final_state else (x.g,)
+    unwritten = () if op.final_state else (x.untouched,)
     s, o, o2 = _launch(
-        config.kernel, *arrays, x.g, x.s0 if has_s0 else x.g, s_in, work_items, *unwritten,
+        config.kernel, x.s0 if has_s0 else x.untouched, *arrays, x.g, s_in, work_items, *unwritten,
         out=_outputs(op, B, T, H, K, V, n, x.q.dtype, fused),
+        # a program then loads its tiles of s0 before it stores those of s
+        in_place=_updates_state(op, x, B) and not segments.splits,
         programs=B * H * params.items * -(-V // config.BV), params=params,
         K=K, V=V, BK=config.BK, BV=config.BV, C=config.C, IS_VARLEN=varlen,
         SEGMENTED=segments.splits > 0, HAS_S0=has_s0, num_warps=config.num_warps, **own,
@@ -1861,72 +1869,97 @@ def _with_vmap_rule(op):
 def _with_sharding_rule(op, x):
     """The scan with a sharding rule: each device scans its own batch rows and heads. Only sums over
     heads that devices share are sent."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = _mesh_of(x)
     free = math.prod(n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
-    if not all(a.size for a in jax.tree.leaves(x)) or mesh.manual_axes and free == 1:
+    without_devices = not mesh.empty and mesh.abstract_device is None
+    empty = not all(a.size for a in jax.tree.leaves(x))
+    if empty or without_devices or (mesh.manual_axes and free == 1):
         return _dispatch(op, x)
-    inside = free if mesh.manual_axes else None  # devices that a shard_map leaves to the compiler
     # jit, because custom_partitioning takes no constants: jit makes closed-over constants its own
     scan = jax.jit(functools.partial(_dispatch, op))
-    dims = _dims(x, jax.eval_shape(scan, x))
+    plain, results = jax.make_jaxpr(scan, return_shape=True)(x)
+    dims = _dims(x, results)
     rule = [[named for named in side if named] for side in (dims.operands, dims.results)]
     whole = tuple(dim for side in rule for named in side for dim in named if "whole" in dim)
     call = custom_partitioning(scan)
     call.def_partition(
-        functools.partial(_partition, op, dims, inside),
+        functools.partial(_partition, op, dims, free if mesh.manual_axes else None),
         sharding_rule=" -> ".join(", ".join(map(" ".join, side)) for side in rule),
         need_replication_factors=whole,
         decode_shardings=False,  # JAX decodes whole mesh axes: the compiler may split parts of them
     )
-    return call(x)
+    by_rule, warns = jax.make_jaxpr(call)(x), op.backend != "xla"
+    found = _partitioned.bind(*jax.tree.leaves(x), plain=plain, by_rule=by_rule, warns=warns)
+    return jax.tree.unflatten(jax.tree.structure(results), found)
+
+
+_run = jax.extend.core.jaxpr_as_fun
+_partitioned = jax.extend.core.Primitive("lightning_attn")
+_partitioned.multiple_results = True
+_partitioned.def_abstract_eval(lambda *_, plain, **__: plain.out_avals)
+_partitioned.def_impl(lambda *leaves, plain, **_: _run(plain)(*leaves))
+
+
+def _lower_partitioned(context, *leaves, plain, by_rule, warns):
+    """Lowers a scan with its sharding rule, where JAX knows the devices. In nested shard_maps JAX
+    does not know them unless the mesh is set. There, and without Shardy, the compiler finds its own
+    way: a good way for plain JAX, but kernels gather."""
+    try:
+        return mlir.lower_fun(_run(by_rule))(context, *leaves)
+    except (AssertionError, AttributeError, NotImplementedError):  # what custom_partitioning raises
+        if warns:
+            warnings.warn(
+                "lightning_attn: kernels gather their operands here, because JAX does not know the "
+                "devices of the mesh. Call with jax.set_mesh(mesh)"
+            )
+        return mlir.lower_fun(_run(plain))(context, *leaves)
+
+
+mlir.register_lowering(_partitioned, _lower_partitioned)
 
 
 class _Dims(NamedTuple):
     """Names of the dims of each operand and result. Dims of the same name are split alike: those of
-    vmap, "b", "h", and "few" for heads fewer than H. Each dim that stays whole has its own name."""
+    vmap, "b", "h", and "shared" for heads that several of the H heads share. Each dim that stays
+    whole has its own name."""
 
+    rows: list  # the dims of vmap and "b"
     operands: _Operands
     results: tuple
     H: int
-    few: int  # the number of heads that "few" names
+    shared_heads: int  # the size of "shared"
 
 
 def _dims(x, results):
-    vmapped = [f"vmap{i}" for i in range(x.g.ndim - 2)]
-    sizes = zip(*(a.shape[: len(vmapped) + 1] for a in jax.tree.leaves(x)))
-    full = dict(zip([*vmapped, "b"], map(_shared, sizes)), h=x.g.shape[-1])
+    rows = [*(f"vmap{i}" for i in range(x.g.ndim - 2)), "b"]
+    sizes = zip(*(a.shape[: len(rows)] for a in jax.tree.leaves(x)))
+    full = dict(zip(rows, map(_shared, sizes)), h=x.g.shape[-1])
     whole = map("whole{}".format, itertools.count())
 
     def name(dim, size):
-        return dim if size == full.get(dim) else "few" if dim == "h" and size > 1 else next(whole)
+        shared = dim == "h" and size > 1
+        return dim if size == full.get(dim) else "shared" if shared else next(whole)
 
     def names(dims, a):
-        return None if a is None else list(map(name, [*vmapped, *dims.split()], a.shape))
+        return None if a is None else list(map(name, rows[:-1] + dims.split(), a.shape))
 
-    few = min((a.shape[-2] for a in x[:3] if a.shape[-2] > 1), default=full["h"])
+    shared_heads = min((a.shape[-2] for a in x[:3] if a.shape[-2] > 1), default=full["h"])
     operands, results = _Operands(*map(names, _DIMS, x)), tuple(map(names, _RESULT_DIMS, results))
-    return _Dims(operands, results, full["h"], few)
+    return _Dims(rows, operands, results, full["h"], shared_heads)
 
 
 def _partition(op, dims, inside, mesh, operands, results):
-    """How one device scans its part: mesh, function, shardings of the results and the operands."""
-    split = [*dims.results[0][:-3], "h"]  # dims of vmap, batch rows, heads
-    # the first array that has all of these, or most of them
+    """How one device scans its part: mesh, function, shardings of the results and the operands.
+    `inside`: the number of devices that a shard_map leaves to the compiler, or None."""
+    columns = [*dims.rows, "h"]
+    # the first array that has all of these dims, or most of them
     arrays = zip((*dims.results, *dims.operands), (*results, *operands[0]))
-    named, array = max(arrays, key=lambda pair: len({*split} & {*(pair[0] or ())}))
+    named, array = max(arrays, key=lambda pair: len({*columns} & {*(pair[0] or ())}))
     devices = sorted(array.sharding.device_set, key=lambda device: device.id)[:inside]
-    parts = dict(zip(named, _parts(array, len(devices)).T))
-    part = np.stack([parts.get(dim, np.zeros(len(devices), int)) for dim in split], -1)
-    whole_heads = part * [dim != "h" for dim in split]
-    count = 1 + int(part[:, -1].max())  # parts of the heads
-    # The heads of operands with few heads are in fewer parts, `few`, if devices share heads. A
-    # device selects its heads by its number among these, which is not known in a shard_map.
-    tries = (part, count, math.gcd(dims.few, count)), (part, count, 1), (whole_heads, 1, 1)
-    for tried, count, few in *tries, (0 * part, 1, 1):
-        selects = few < min(dims.few, count)
-        if dims.H % count == 0 and not (selects and inside):
-            if axes := _axes(np.c_[tried, tried[:, -1] // (count // few)]):
-                break
+    parts_of_dim = dict(zip(named, _parts(array, len(devices)).T))
+    nowhere_split = np.zeros(len(devices), int)
+    parts = np.stack([parts_of_dim.get(dim, nowhere_split) for dim in columns], -1)
+    axes, heads, shared_heads = _device_axes(parts, dims.H, dims.shared_heads, inside)
     names = [f"axis{i}" for i in range(len(axes))]
     mesh = jax.sharding.Mesh(np.array(devices).reshape([size for size, _ in axes]), names)
 
@@ -1934,41 +1967,66 @@ def _partition(op, dims, inside, mesh, operands, results):
         steps = [(step[column], name) for (_, step), name in zip(axes, names) if step[column]]
         return tuple(name for _, name in sorted(steps, reverse=True))
 
-    split = dict(zip([*split, "few"], map(axes_of, range(part.shape[1] + 1))))
+    columns.append("shared")
+    spec = dict(zip(columns, map(axes_of, range(len(columns)))))
 
     def put(named):
         if named is None:
             return None
-        return NamedSharding(mesh, PartitionSpec(*(split.get(dim) or None for dim in named)))
+        return NamedSharding(mesh, PartitionSpec(*(spec.get(dim) or None for dim in named)))
 
-    sharing = [name for name in split["h"] if name not in split["few"]]
-    heads, group = dims.H // count, dims.H // dims.few
-    size = math.gcd(heads, group)  # neighbors that read the same head
+    # A device has `heads` of the H heads, and `shared_heads` of the heads that heads share. The
+    # devices along the axes `sharing` have the same shared heads.
+    sharing = [name for name in spec["h"] if name not in spec["shared"]]
+    selects = sharing and shared_heads > 1
+    group = dims.H // dims.shared_heads
+    size = math.gcd(heads, group)  # neighbors that read the same shared head
 
     def read():
-        """Which of the few heads of this device each `size` of its heads read."""
+        """Which of the device's shared heads each `size` of its heads read."""
         return (lax.axis_index(sharing) * heads + size * jnp.arange(heads // size)) // group
 
     select = lambda a: jnp.take(a, read(), axis=-2, mode="clip")
 
     def sum_devices(a):
-        """The sums of the heads that read each of the few heads, on all devices that have such."""
-        reads = (read() == jnp.arange(dims.few // few)[:, None])[..., None]
+        """The sums of the heads that read each shared head, on all devices that have this head."""
+        reads = (read() == jnp.arange(shared_heads)[:, None])[..., None]
         wide = jnp.promote_types(a.dtype, jnp.float32)
         sums = jnp.where(reads, a[..., None, :, :], 0).sum(-2, dtype=wide)
-        return lax.psum(sums, sharing).astype(results[0].dtype)
+        return lax.psum(sums, sharing).astype(operands[0].v.dtype)
 
-    def on_few(f, arrays, named):
-        return (f(a) if "few" in (dims or ()) else a for a, dims in zip(arrays, named))
+    def on_shared(f, arrays, named):
+        return (f(a) if "shared" in (dims or ()) else a for a, dims in zip(arrays, named))
 
     def one_device(x):
         # each device sees unsharded arrays
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            x = _Operands(*on_few(select, x, dims.operands)) if selects else x
+            x = _Operands(*on_shared(select, x, dims.operands)) if selects else x
             found = _dispatch(op, x)
-            return tuple(on_few(sum_devices, found, dims.results)) if sharing else found
+            return tuple(on_shared(sum_devices, found, dims.results)) if sharing else found
 
     return mesh, one_device, tuple(map(put, dims.results)), (_Operands(*map(put, dims.operands)),)
+
+
+def _device_axes(parts, H, shared_heads, inside):
+    """Splits H heads, and the shared heads that they read, over devices that have `parts` of dims
+    of which the last is the heads. Returns the axes of the devices, whose steps have a column more,
+    for shared heads, and the numbers of heads and of shared heads of a device."""
+    whole_heads = parts * (np.arange(parts.shape[1]) < parts.shape[1] - 1)
+    count = 1 + int(parts[:, -1].max())
+    # Devices that share heads select the heads that they read by their number among the devices,
+    # which is not known in a shard_map.
+    for parts, count, shared_count in (
+        (parts, count, math.gcd(shared_heads, count)),
+        (parts, count, 1),
+        (whole_heads, 1, 1),
+        (0 * parts, 1, 1),
+    ):
+        selects = shared_count < min(shared_heads, count)
+        if H % count == 0 and not (selects and inside):
+            if axes := _axes(np.c_[parts, parts[:, -1] // (count // shared_count)]):
+                break
+    return axes, H // count, shared_heads // shared_count
 
 
 def _parts(x, devices):
@@ -2010,7 +2068,7 @@ def _dispatch(op, x):
         folded = jax.tree.unflatten(jax.tree.structure(x), leaves)
         results = scan(op, jax.tree.map(fold, folded) if front > 1 else folded)
         o, s, o2 = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), results)
-        results = _sum_heads(o, op.o_group), s, o2 if o2 is None else _sum_heads(o2, op.o2_group)
+        results = _sum_heads(o, op.o_group), s, _sum_heads(o2, op.o2_group)
         return _pcast(results, _varying(leaves))
 
     with jax.named_scope(f"lightning_attn_{op.name}"):
@@ -2025,7 +2083,7 @@ def _dispatch(op, x):
 def _scan_nothing(op, x):
     """The scan of no tokens, or of no batch rows."""
     B, T, H, K, V, n = _sizes(x)
-    o = jnp.zeros((B, 0 if op.only_state else T, H, V), x.v.dtype)
+    o = None if op.only_state else jnp.zeros((B, T, H, V), x.v.dtype)
     s = jnp.broadcast_to(jnp.zeros((), x.g.dtype) if x.s0 is None else x.s0, (B, n, H, K, V))
     o2 = None if x.q2 is None else jnp.zeros((B, T, H, K), x.v.dtype)
     return o, s if op.final_state else None, o2
@@ -2047,13 +2105,17 @@ def _pcast(tree, axes):
     return jax.tree.map(lambda a: lax.pcast(a, missing(a), to="varying"), tree)
 
 
+def _mesh_of(tree):
+    """The mesh that is set or, because arrays know theirs, that of the arrays."""
+    of_arrays = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree))
+    meshes = jax.sharding.get_abstract_mesh(), *of_arrays
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+
+
 def _in_auto_mode(f, operands, out_specs):
     """f(*operands). On a mesh with Explicit axes, f runs in Auto mode, and `out_specs` shard its
     results."""
-    # arrays know their mesh, whether it is set or not
-    of_arrays = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands))
-    meshes = jax.sharding.get_abstract_mesh(), *of_arrays
-    mesh = next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+    mesh = _mesh_of(operands)
     kinds = zip(mesh.axis_names, mesh.axis_types)
     explicit = tuple(axis for axis, kind in kinds if kind == jax.sharding.AxisType.Explicit)
     if not explicit:
@@ -2349,8 +2411,15 @@ def _static(name, x):
         raise TypeError(f"{name}: expected True or False, got {x!r}{hint}")
 
 
+def _unwrapped(x):
+    """`x`, or the array in an object with `__jax_array__`, such as a flax.nnx.Param."""
+    is_array = isinstance(x, (jax.Array, np.ndarray)) or not hasattr(x, "__jax_array__")
+    return x if is_array else x.__jax_array__()
+
+
 def _scalar(name, x, kind=jnp.integer):
     """A scalar argument, an integer or of that kind: a Python number if it is concrete."""
+    x = _unwrapped(x)
     if isinstance(x, (jax.Array, np.ndarray)) and x.shape != ():
         raise ValueError(f"{name}: expected a scalar, got shape {x.shape}")
     is_array = isinstance(x, (jax.Array, np.ndarray, np.generic))
@@ -2365,6 +2434,7 @@ def _scalar(name, x, kind=jnp.integer):
 
 def _array(name, x, shape, kind, hint=""):
     """`x` as a JAX array of that shape, in which names are free sizes, and kind of dtype."""
+    x = _unwrapped(x)
     if not isinstance(x, (jax.Array, np.ndarray)):
         raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
     fixed = [(want, got) for want, got in zip(shape, x.shape) if not isinstance(want, str)]
@@ -2380,6 +2450,7 @@ def _array(name, x, shape, kind, hint=""):
 def _known(x):
     """`x` as numpy if it is concrete, else None. It is not concrete if it is traced, if some of it
     lies on other hosts, or if it lies on a device while something else is traced."""
+    x = _unwrapped(x)
     if not isinstance(x, jax.Array):
         return np.asarray(x)
     if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
