@@ -2,21 +2,20 @@
 """Measures lightning_attn: `python bench.py`, on a GPU or, in part, on a CPU.
 
 decays      a row names the model and the layer, counted from 0, whose decays its heads have. The
-            slowest heads are the last: "heads 56 to 63" are what the last of 8 devices gets.
-            "layer_idx=12, num_layers=24" are the decays of these arguments
+            last heads forget slowest. "heads 56 to 63" are those of the last of 8 devices. Rows of
+            "layer_idx=12, num_layers=24" have the decays that these arguments give
 copy speed  100 % is the time of a copy of as many bytes as a call must move, at the rate of a copy
             that the same run measures. Forward must read q, k and v and write o. Backward must read
             q, k, v and do and write dq, dk and dv. A decode step must also read and write the state
 memory      the temporary buffers of both passes together, as a share of q, k, v and o
 ms          the median of three rounds of 0.2 s. Short calls are made 20 to a jit, so that Python is
-            not measured. Inputs below 256 MiB rotate through four sets, so that L2 does not hold
-            them
+            not measured. Inputs below 256 MiB are four sets in turn, so that L2 does not hold them
 decode      steps in a lax.scan that carries the state. The state is donated
 devices     one GPU beside all: a jit over batch or heads, and a shard_map with seq_axis. Copy speed
-            is then that of all GPUs
+            is then that of all GPUs together
 peers       measured in the same way, each in a process of its own, once per shape. Backward is the
-            time of both passes minus that of forward. fla is called from Python: * marks the times
-            of fla that are at least nine tenths Python's, in which its kernels are launched
+            time of both passes minus that of forward. * marks a time of fla of which Python takes
+            at least nine tenths to launch the kernels: the kernels take less
 """
 
 import argparse
@@ -116,12 +115,12 @@ LENGTHS, LONGER = [2**n for n in range(11, 18)], 2**20
 DECODED = 200  # tokens that a loop of decode steps reads
 DECODE = [(1, 1), *((B, n) for B in (64, 256) for n in (1, 2, 4, 8))]  # rows, tokens of a step
 SECTIONS = "models", "packed", "formula", "variants", "short", "lengths", "decode", "devices"
-WITH_PEERS = "models", "formula", "lengths"
+WITH_PEERS = "models", "lengths", "formula"  # in this order: the last take fla longest
 
 
 def rows_of(shapes, dtype, gpu):
     if not gpu:
-        shapes = shapes or [(1, T, 4, 64) for T in (256, 1024, 2048)]
+        shapes = shapes or [(1, T, 4, 64) for T in (256, 1024)]
         calls = itertools.product(shapes, ("lightning_attn", "softmax"))
         yield from (Row("cpu", op, shape, dtype=dtype, op=op) for shape, op in calls)
         return
@@ -142,10 +141,11 @@ def rows_of(shapes, dtype, gpu):
     for T in *LENGTHS, LONGER:
         yield Row("lengths", f"{T} tokens", (1, T, 16, 128), MINI)
     for B, n in DECODE:
-        yield Row("decode", f"{n} tokens a step", (B, n, 32, 128), FLASH)
+        yield Row("decode", f"{n} token{'s' * (n > 1)} a step", (B, n, 32, 128), FLASH)
     for shape, *splits in (large, "batch", "heads"), ((1, LONGER, 16, 128), "tokens"):
         for split in None, *splits:
-            yield Row("devices", split or "one GPU", shape, FLASH, split=split)
+            name = f"{split} over {jax.device_count()} GPUs" if split else "one GPU"
+            yield Row("devices", name, shape, FLASH, split=split)
 
 
 # The clock --------------------------------------------------------------------------------------
@@ -259,13 +259,12 @@ def attention(row):
 def measure(row, rate):
     """Both passes. `rate` is that of a copy, or None."""
     sets, passes = inputs_of(row), passes_of(attention(row))
-    row.ms["forward"] = ms_of(passes["forward"], sets)
-    if row.op == "lightning_attn":
-        row.ms["backward"] = ms_of(passes["backward"], sets)
-    else:
-        row.ms["backward"] = ms_of(passes["both"], sets) - row.ms["forward"]
     q, k, *_ = map(nbytes, sets[0])
     for way, moved in zip(WAYS, (2 * q + 2 * k, 3 * q + 4 * k)):
+        if row.op == "lightning_attn" or way == "forward":
+            row.ms[way] = ms_of(passes[way], sets)
+        else:
+            row.ms[way] = ms_of(passes["both"], sets) - row.ms["forward"]
         if rate:
             rate_of_all = rate * (jax.device_count() if row.split else 1)
             row.copy_speed[way] = moved / rate_of_all * 1e3 / row.ms[way]
@@ -351,7 +350,7 @@ def measure_fla(row, rate=None):
     for way, call in zip(WAYS, (forward, both)):
         row.ms[way] = clock(functools.partial(run, call))
         # so few calls do not fill the GPU's queue: Python does not wait for the GPU
-        row.python_ms[way] = run(call, 20) / 20 * 1e3
+        row.python_ms[way] = min(run(call, 20) for _ in range(3)) / 20 * 1e3
     for ms in row.ms, row.python_ms:
         ms["backward"] -= ms["forward"]
 
@@ -403,7 +402,7 @@ def show_table(rows):
     per_way = "{0}, ms | % of copy speed | fastest other"
     say(f"\n| what | B, T, H, D | {' | '.join(map(per_way.format, WAYS))} | memory |")
     say("| --- " * 9 + "|")
-    for row in (r for r in rows if r.section != "peers"):
+    for row in (r for r in rows if r.copy_speed):
         cells = [", ".join(dict.fromkeys((row.decays, row.name))), text_of(row.shape)]
         for way in WAYS:
             shown = ["", "", ""]
@@ -458,19 +457,22 @@ def plot_models(axes, rows, way):
     axes.grid(visible=False, axis="y")
     axes.set_yticks(range(len(PICTURED)), PICTURED)
     axes.invert_yaxis()
+
+    def bar(at, share, label, colour, fill):
+        axes.barh(at, share, 0.35, color=fill, ec=colour, lw=1.5)
+        inside = dict(ha="right", color="white" if fill == colour else colour)
+        place = inside if share > 0.4 else dict(color=colour)
+        axes.text(share, at, f" {label} ", va="center", **place)
+
     for i, call in enumerate(PICTURED.values()):
-        for row in (r for r in rows if r.section == "models" and (r.decays, r.shape) == call):
-            share, other = row.copy_speed[way], fastest_other(rows, row, way)
-            colour, text = COLOURS["lightning_attn"], functools.partial(axes.text, va="center")
-            axes.barh(i - 0.19, share, 0.36, color=colour)
-            inside = dict(color="white", ha="right") if share > 0.4 else dict(color=colour)
-            text(share, i - 0.19, f" {share * 100:.0f} %, {ms_text(row.ms[way])} ms ", **inside)
-            if other:
-                slower, colour = other.ms[way] / row.ms[way], COLOURS[other.op]
+        for row in (r for r in rows if (r.section, r.decays, r.shape) == ("models", *call)):
+            ms, share, blue = row.ms[way], row.copy_speed[way], COLOURS["lightning_attn"]
+            bar(i - 0.2, share, f"{share * 100:.0f} %, {ms_text(ms)} ms", blue, blue)
+            if other := fastest_other(rows, row, way):
+                slower, colour = other.ms[way] / ms, COLOURS[other.op]
                 fill = "white" if by_python(other, way) else colour
-                axes.barh(i + 0.19, share / slower, 0.33, color=fill, ec=colour, lw=1.5)
-                label = f" {other.op}: {slower:.1f} times as long"
-                text(share / slower, i + 0.19, label, color=colour)
+                label = f"{other.op}: {slower:.1f} times as long"
+                bar(i + 0.2, share / slower, label, colour, fill)
 
 
 def plot(results, target):
@@ -492,6 +494,7 @@ def plot(results, target):
         axes["B"].set_yticklabels([])
         figure.supxlabel(f"{NOTES}. {results[0]['about']}", x=0.01, ha="left", fontsize=9)
         figure.savefig(target, dpi=200)
+    show_table(rows)
     say(f"plotted in {target}")
 
 
@@ -503,13 +506,8 @@ def make_parser():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--only",
-        nargs="+",
-        choices=[*SECTIONS, "none"],
-        default=SECTIONS,
-        help="these sections alone",
-    )
+    only = "these sections alone; with none: nothing but their peers"
+    add("--only", nargs="+", choices=[*SECTIONS, "none"], default=SECTIONS, help=only)
     add("--shapes", nargs="+", type=shape_of, metavar="B,T,H,D", help="these shapes alone")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     add("--peers", nargs="*", choices=list(PEERS), help="also these, or all: minutes each")
@@ -542,7 +540,7 @@ def main():
             result = dict(about=about, copy_rate=rate, rows=list(map(dataclasses.asdict, rows)))
             pathlib.Path(options.save).write_text(json.dumps(result))
 
-    sections = SECTIONS if "none" in options.only else options.only
+    sections = [section for section in options.only if section != "none"] or SECTIONS
     todo = [
         r for r in rows_of(options.shapes, options.dtype, gpu) if r.section in (*sections, "cpu")
     ]
@@ -550,11 +548,12 @@ def main():
         if "none" not in options.only and (row.section != "devices" or jax.device_count() > 1):
             attempt(measure_decode if row.section == "decode" else measure, row, rate)
             add(row)
-    shapes = dict.fromkeys(r.shape for r in todo if r.section in WITH_PEERS and r.shape[1] < LONGER)
-    for op in options.peers or PEERS if options.peers is not None else ():
+    compared = [r.shape for section in WITH_PEERS for r in todo if r.section == section]
+    shapes = dict.fromkeys(shape for shape in compared if shape[1] < LONGER)
+    for op in options.peers or PEERS if shapes and options.peers is not None else ():
         for row in measure_peer(op, shapes, options.dtype):
             add(row)
-    if gpu:
+    if any(row.copy_speed for row in rows):
         show_table(rows)
     return int(any(row.failed for row in rows if row.section != "peers"))
 
