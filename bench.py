@@ -1,28 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures lightning_attn: `python bench.py`, on a GPU or, in part, on a CPU.
 
-floor    lower bound of a time: the bytes that must be moved, over the rate of a copy measured in
-         the same run. Forward reads q, k, v and writes o; backward reads q, k, v, do and writes dq,
-         dk, dv; a decode step reads and writes the state. A percentage is floor over time
-memory   temporary buffers of forward and backward pass together, as a share of q, k, v and o
-clock    median of three rounds of 0.2 s. Short calls are made 20 to a jit, so that Python is not
-         measured. Inputs below 256 MiB rotate through four sets, so that L2 does not hold them
-peers    timed by the same clock, each in a process of its own. Their backward time is the time of
-         both passes minus that of the forward pass. PyTorch's are called from Python one by one
-devices  all GPUs beside one GPU: a jit over batch or heads, and a shard_map with seq_axis
+decays      a row names the model and the layer, counted from 0, whose decays its heads have. The
+            last heads forget slowest. "heads 56 to 63" are those of the last of 8 devices. Rows of
+            "layer_idx=12, num_layers=24" have the decays that these arguments give
+copy speed  100 % is the time of a copy of as many bytes as a call must move, at the rate of a copy
+            that the same run measures. Forward must read q, k and v and write o. Backward must read
+            q, k, v and do and write dq, dk and dv. A decode step must also read and write the state
+memory      the temporary buffers of both passes together, as a share of q, k, v and o
+ms          the median of three rounds of 0.2 s. Short calls are made 20 to a jit, so that Python is
+            not measured. Inputs below 256 MiB are four sets in turn, so that L2 does not hold them
+decode      steps in a lax.scan that carries the state. The state is donated
+devices     one GPU beside all: a jit over batch or heads, and a shard_map with seq_axis. Copy speed
+            is then that of all GPUs together
+peers       measured in the same way, each in a process of its own, once per shape. Backward is the
+            time of both passes minus that of forward. * marks a time of fla of which Python takes
+            at least nine tenths to launch the kernels: the kernels take less
 """
 
 import argparse
+import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import time
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,32 +38,60 @@ import numpy as np
 
 P = jax.sharding.PartitionSpec
 HERE = pathlib.Path(__file__).resolve().parent
-LAYER = {"layer_idx": 12, "num_layers": 24}
 WAYS = "forward", "backward"
 say = functools.partial(print, flush=True)
 text_of = lambda shape: ", ".join(map(str, shape))
 nbytes = lambda *arrays: sum(x.size * x.dtype.itemsize for x in arrays)
-ms_text = lambda ms: f"{ms:.4f}" if ms < 0.1 else f"{ms:.3f}" if ms < 100 else f"{ms:.1f}"
+ms_text = lambda ms: f"{ms:#.3g}".rstrip(".") if ms < 1000 else f"{ms:.0f}"
 reason = lambda error: f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 # What is measured -------------------------------------------------------------------------------
 
 
-class Case(NamedTuple):
-    """A row: what is called."""
+def alibi(H, layer, layers):
+    """The log decays of released models: ALiBi's slopes, smaller in later layers."""
+    n = 1 << H.bit_length() - 1  # the largest power of 2 up to H
+    slopes = 2.0 ** (-8 / n * np.r_[1 : n + 1, 0.5 : H - n])
+    return -slopes * (1 - layer / (layers - 1) + 1e-5)
+
+
+MINIMAX, LAST = "MiniMax-01, layer 40 of 80", "MiniMax-01, layer 78 of 80"
+EIGHTH = "MiniMax-01, layer 40 of 80, heads 56 to 63"
+FLASH, MINI = "Ring-flash-linear, layer 16 of 32", "Ring-mini-linear, layer 10 of 20"
+FORMULA, NONE = "layer_idx=12, num_layers=24", "g = 0"
+DECAYS = {  # the log decays of H heads
+    MINIMAX: lambda H: alibi(H, 40, 80),
+    LAST: lambda H: alibi(H, 78, 80),  # layer 79 is softmax attention
+    EIGHTH: lambda H: alibi(64, 40, 80)[56:],
+    FLASH: lambda H: alibi(H, 16 - 1, 32),  # Ling and Ring count from 1 in this formula
+    MINI: lambda H: alibi(H, 10 - 1, 20),
+    FORMULA: lambda H: -8 / H * (1 - 12 / 24) * np.arange(H),
+    NONE: np.zeros,
+}
+
+
+@dataclasses.dataclass
+class Row:
+    """A call, and what was measured of it."""
 
     section: str
     name: str
     shape: tuple  # B, T, H, D
+    decays: str = MINIMAX
     dtype: str = "bfloat16"
-    decays: str = "layer"  # or "none": g_gamma = 0
-    kv_heads: int | None = None
-    repeat_kv: bool = False  # keys and values are repeated for all query heads before the call
-    sequences: int | None = None  # of a packed batch
-    final_state: bool = True
+    op: str = "lightning_attn"  # or a peer
     backend: str | None = None
-    ways: tuple = WAYS
+    kv_heads: int | None = None
+    sequences: int | None = None  # of a packed batch
     split: str | None = None  # over all GPUs: "batch", "heads" or "tokens"
+    # measured, by "forward" and "backward":
+    ms: dict = dataclasses.field(default_factory=dict)
+    copy_speed: dict = dataclasses.field(default_factory=dict)  # 1 is 100 %
+    python_ms: dict = dataclasses.field(default_factory=dict)  # in which Python launches kernels
+    # measured, of both:
+    memory: float | None = None
+    note: str | None = None  # why nothing was measured
+    failed: str | None = None
 
 
 def shape_of(text):
@@ -67,37 +101,51 @@ def shape_of(text):
     return tuple(map(int, numbers))
 
 
-BATCHED, LONG, LARGE = (8, 4096, 32, 128), (1, 32768, 32, 128), (32, 4096, 32, 128)
-SHAPES = "8,4096,32,128 1,32768,32,128 1,131072,8,128 16,2048,16,128 4,8192,16,64 1,4096,16,128"
-SHAPES += " 2,8192,16,96 2,8192,16,192 2,8192,16,256"
+MODELS = {
+    MINIMAX: "8,4096,64,128 1,4096,64,128 1,8192,64,128 1,32768,64,128 1,131072,64,128",
+    LAST: "1,8192,64,128 1,32768,64,128",
+    EIGHTH: "1,32768,8,128 1,131072,8,128",
+    FLASH: "1,8192,32,128 1,32768,32,128",
+    MINI: "1,8192,16,128 1,32768,16,128",
+}
+OF_FORMULA = "8,4096,32,128 1,32768,32,128 1,131072,8,128 1,4096,16,128"
+OF_FORMULA += " 4,8192,16,64 2,8192,16,96 2,8192,16,192 2,8192,16,256"
 SHORT = "1,1024,64,128 1,512,32,128 1,200,32,128"
 LENGTHS, LONGER = [2**n for n in range(11, 18)], 2**20
-DECODE_BATCHES, DECODE_STEPS = (1, 64, 256), 200
-SECTIONS = "shapes", "packed", "short", "variants", "lengths", "decode", "devices"
+DECODED = 200  # tokens that a loop of decode steps reads
+DECODE = [(1, 1), *((B, n) for B in (64, 256) for n in (1, 2, 4, 8))]  # rows, tokens of a step
+SECTIONS = "models", "packed", "formula", "variants", "short", "lengths", "decode", "devices"
+WITH_PEERS = "models", "lengths", "formula"  # in this order: the last take fla longest
 
 
-def cases_of(options):
-    for shape in options.shapes or map(shape_of, SHAPES.split()):
-        yield Case("shapes", text_of(shape), shape, options.dtype)
-    if options.shapes:
+def rows_of(shapes, dtype, gpu):
+    if not gpu:
+        shapes = shapes or [(1, T, 4, 64) for T in (256, 1024)]
+        calls = itertools.product(shapes, ("lightning_attn", "softmax"))
+        yield from (Row("cpu", op, shape, dtype=dtype, op=op) for shape, op in calls)
         return
-    for n in None, 32, 256, 4096:
-        name = f"{n} sequences" if n else "one sequence"
-        yield Case("packed", name, LONG, sequences=n, final_state=False)
-    for shape in map(shape_of, SHORT.split()):
-        yield Case("short", text_of(shape), shape)
-    yield Case("variants", "no head forgets", LONG, decays="none")
-    yield Case("variants", "8 key and value heads", LONG, kv_heads=8)
-    yield Case("variants", "the same, repeated first", LONG, kv_heads=8, repeat_kv=True)
-    yield Case("variants", "float32, in TF32", (4, 4096, 32, 128), "float32")
-    yield Case("variants", "plain JAX", BATCHED, backend="xla")
+    if shapes:
+        yield from (Row("models", MINIMAX, shape, dtype=dtype) for shape in shapes)
+        return
+    for decays, text in MODELS.items():
+        yield from (Row("models", decays, shape_of(s), decays, dtype) for s in text.split())
+    for n in 32, 256, 4096:
+        yield Row("packed", f"{n} sequences", (1, 32768, 64, 128), sequences=n)
+    yield from (Row("formula", FORMULA, shape_of(s), FORMULA) for s in OF_FORMULA.split())
+    long, large = (1, 32768, 32, 128), (32, 4096, 32, 128)
+    yield Row("variants", "no head forgets", long, NONE)
+    yield Row("variants", "8 key and value heads", long, FLASH, kv_heads=8)
+    yield Row("variants", "float32, in TF32", (4, 4096, 32, 128), FLASH, "float32")
+    yield Row("variants", "plain JAX", (8, 4096, 32, 128), FLASH, backend="xla")
+    yield from (Row("short", MINIMAX, shape_of(s)) for s in SHORT.split())
     for T in *LENGTHS, LONGER:
-        yield Case("lengths", "lightning_attn", (1, T, 16, 128))
-    for T in LENGTHS:
-        yield Case("lengths", "plain JAX", (1, T, 16, 128), backend="xla", ways=WAYS[:1])
-    for shape, *splits in (LARGE, "batch", "heads"), ((1, LONGER, 16, 128), "tokens"):
+        yield Row("lengths", f"{T} tokens", (1, T, 16, 128), MINI)
+    for B, n in DECODE:
+        yield Row("decode", f"{n} token{'s' * (n > 1)} a step", (B, n, 32, 128), FLASH)
+    for shape, *splits in (large, "batch", "heads"), ((1, LONGER, 16, 128), "tokens"):
         for split in None, *splits:
-            yield Case("devices", split or "one GPU", shape, split=split)
+            name = f"{split} over {jax.device_count()} GPUs" if split else "one GPU"
+            yield Row("devices", name, shape, FLASH, split=split)
 
 
 # The clock --------------------------------------------------------------------------------------
@@ -126,7 +174,7 @@ def queue(call, sets, n):
 
 def ms_of(f, sets, repeats=20):
     """ms of a call of f."""
-    if nbytes(*sets[0]) > 2**27:
+    if nbytes(*sets[0]) > 2**27 or jax.default_backend() == "cpu":
         return clock(functools.partial(queue, jax.jit(f).lower(*sets[0]).compile(), sets))
 
     def calls(sets):
@@ -140,19 +188,6 @@ def ms_of(f, sets, repeats=20):
     return clock(lambda n: queue(many, [(sets,)], n), repeats)
 
 
-def gpu_ms(run, count=20):
-    """ms that the kernels of a call take on the GPU, by JAX's profiler."""
-    run(2)
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run(count)
-        (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        planes = jax.profiler.ProfileData.from_file(str(trace)).planes
-        lines = [line for plane in planes if "GPU" in plane.name for line in plane.lines]
-        events = [event for line in lines if "Stream" in line.name for event in line.events]
-        return sum(event.duration_ns for event in events) / count / 1e6
-
-
 def copy_rate(values):
     """Bytes per second that a copy on the device moves, read and written."""
     x = jnp.ones(values, jnp.float32)
@@ -160,7 +195,7 @@ def copy_rate(values):
     return 2 * x.nbytes / clock(functools.partial(queue, add, [(x,)])) * 1e3
 
 
-# The calls of a case ----------------------------------------------------------------------------
+# The calls of a row -----------------------------------------------------------------------------
 
 
 @functools.cache
@@ -168,24 +203,24 @@ def mesh():
     return jax.make_mesh((jax.device_count(),), ("gpus",), (jax.sharding.AxisType.Auto,))
 
 
-def inputs_of(case):
+def inputs_of(row):
     """Sets of random q, k, v, do and, if packed, cu_seqlens: several if L2 could hold one."""
-    B, T, H, D = case.shape
-    Hk = case.kv_heads or H
+    B, T, H, D = row.shape
+    Hk = row.kv_heads or H
     keys, rest = iter(jax.random.split(jax.random.key(0), 16)), []
-    if case.sequences:
-        cuts = np.random.default_rng(0).choice(T - 1, case.sequences - 1, replace=False) + 1
+    if row.sequences:
+        cuts = np.random.default_rng(0).choice(T - 1, row.sequences - 1, replace=False) + 1
         rest = [jnp.asarray(np.r_[0, np.sort(cuts), T], jnp.int32)]
     sharding = None
-    if case.split:
-        dim = ("batch", "tokens", "heads").index(case.split)
+    if row.split:
+        dim = ("batch", "tokens", "heads").index(row.split)
         sharding = jax.NamedSharding(mesh(), P(*(None,) * dim, "gpus"))
 
     @functools.partial(jax.jit, static_argnums=1, out_shardings=sharding)
     def draw(key, heads):
-        return jax.random.normal(key, (B, T, heads, D), case.dtype)
+        return jax.random.normal(key, (B, T, heads, D), row.dtype)
 
-    count = 1 if 4 * B * T * H * D * jnp.dtype(case.dtype).itemsize > 2**28 else 4
+    count = 1 if 4 * B * T * H * D * jnp.dtype(row.dtype).itemsize > 2**28 else 4
     return [[*(draw(next(keys), heads) for heads in (H, Hk, Hk, H)), *rest] for _ in range(count)]
 
 
@@ -201,293 +236,265 @@ def passes_of(attend):
     return {"forward": forward, "backward": lambda *inputs: both(*inputs)[1], "both": both}
 
 
-def attention(case):
-    """attend(q, k, v, [cu_seqlens]) -> (output, final state) as the case wants it."""
+def attention(row):
+    """attend(q, k, v, [cu_seqlens]) -> (output, final state) as the row wants it."""
+    if row.op == "softmax":
+        by = "xla" if jax.default_backend() == "cpu" else "cudnn"
+        op = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=by)
+        return lambda q, k, v: (op(q, k, v), None)
+
     from lightning_attn import lightning_attn
 
-    H = case.shape[2]
-    options = LAYER if case.decays == "layer" else {"g_gamma": np.zeros(H, np.float32)}
-    options = options | dict(output_final_state=case.final_state, backend=case.backend)
+    H = row.shape[2]
+    options = dict(g_gamma=DECAYS[row.decays](H).astype(np.float32), backend=row.backend)
+    options["output_final_state"] = not row.sequences
 
-    def attend(q, k, v, cu_seqlens=None):
-        if case.repeat_kv:
-            k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
-        return lightning_attn(q, k, v, cu_seqlens=cu_seqlens, **options)
-
-    if case.split != "tokens":
-        return attend
+    if row.split != "tokens":
+        return lambda q, k, v, at=None: lightning_attn(q, k, v, cu_seqlens=at, **options)
     part = functools.partial(lightning_attn, **options, seq_axis="gpus")
     tokens = P(None, "gpus")
     return jax.shard_map(part, mesh=mesh(), in_specs=(tokens,) * 3, out_specs=(tokens, P()))
 
 
-def measure_case(case, rate, rows):
-    row = case._asdict()
-    sets, passes = inputs_of(case), passes_of(attention(case))
+def measure(row, rate):
+    """Both passes. `rate` is that of a copy, or None."""
+    sets, passes = inputs_of(row), passes_of(attention(row))
     q, k, *_ = map(nbytes, sets[0])
-    floors = {"forward": 2 * q + 2 * k, "backward": 3 * q + 4 * k}
-    texts = [f"{case.section:<9}{case.name:<26}{text_of(case.shape):<20}"]
-    alone = [r for r in rows if r["section"] == "devices" and r["shape"] == case.shape]
-    for way in case.ways:
-        row[way] = ms = ms_of(passes[way], sets)
-        row[f"{way}_of_floor"] = share = floors[way] / rate * 1e3 / ms
-        texts.append(f"{way} {ms_text(ms):>7} ms")
-        texts[-1] += f"  {alone[0][way] / ms:.2f}x" if case.split and alone else f" {share:4.0%}"
-    if case.section in ("shapes", "packed"):
+    for way, moved in zip(WAYS, (2 * q + 2 * k, 3 * q + 4 * k)):
+        if row.op == "lightning_attn" or way == "forward":
+            row.ms[way] = ms_of(passes[way], sets)
+        else:
+            row.ms[way] = ms_of(passes["both"], sets) - row.ms["forward"]
+        if rate:
+            rate_of_all = rate * (jax.device_count() if row.split else 1)
+            row.copy_speed[way] = moved / rate_of_all * 1e3 / row.ms[way]
+    if row.section in ("models", "packed", "formula"):
         both = jax.jit(passes["both"]).lower(*sets[0]).compile()
-        row["memory"] = both.memory_analysis().temp_size_in_bytes / floors["forward"]
-        texts.append(f"memory {row['memory']:.1%}")
-    if case.section == "lengths":
-        per_token = [f"{row[way] * 1e6 / case.shape[1]:.2f}" for way in case.ways]
-        texts.append(f"{' / '.join(per_token)} ns per token")
-    if case.section == "short":
-        row["gpu"] = [gpu_ms(functools.partial(queue, jax.jit(passes[w]), sets)) for w in WAYS]
-        texts.append(f"on the GPU {' / '.join(map(ms_text, row['gpu']))} ms")
-    say("  ".join(texts))
-    return row
+        row.memory = both.memory_analysis().temp_size_in_bytes / (2 * q + 2 * k)
 
 
-def decode_inputs(B, H=32, D=128):
-    """The state, and q, k and v of all steps."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    draw = lambda key: jax.random.normal(key, (DECODE_STEPS, B, 1, H, D), "bfloat16")
-    return jax.random.normal(keys[0], (B, H, D, D)), list(map(draw, keys[1:]))
-
-
-def ms_of_step(step, state, inputs):
-    """ms of a step of a lax.scan that carries the state."""
-    loop = jax.jit(lambda state, *inputs: jax.lax.scan(step, state, inputs))
-    call = loop.lower(state, *inputs).compile()
-    return clock(functools.partial(queue, call, [(state, *inputs)]), DECODE_STEPS)
-
-
-def measure_decode(B, rate, rows):
-    """A decode step: in a lax.scan, and its kernel alone."""
+def measure_decode(row, rate):
+    """A step of a lax.scan that carries the state."""
     from lightning_attn import lightning_attn
 
-    step = lambda s, qkv: lightning_attn(*qkv, **LAYER, initial_state=s)[::-1]
-    state, tokens = decode_inputs(B)
-    ms, (_, H, D, _) = ms_of_step(step, state, tokens), state.shape
-    row = dict(section="decode", name=f"B = {B}", shape=(B, 1, H, D), forward=ms)
-    row["forward_of_floor"] = share = 2 * state.nbytes / rate * 1e3 / ms
-    one = jax.jit(lambda s, *qkv: step(s, qkv), donate_argnums=0)
+    B, n, H, D = row.shape
+    g = DECAYS[row.decays](H).astype(np.float32)
+    steps = DECODED // n
+    *keys, key = jax.random.split(jax.random.key(0), 4)
+    tokens = [jax.random.normal(key, (steps, B, n, H, D), row.dtype) for key in keys]
+    state = jax.random.normal(key, (B, H, D, D))
+    step = lambda s, qkv: lightning_attn(*qkv, g_gamma=g, initial_state=s)[::-1]
+    loop = jax.jit(lambda s, *qkv: jax.lax.scan(step, s, qkv), donate_argnums=0)
+    call = loop.lower(state, *tokens).compile()
 
-    def run(n):
+    def run(calls):
         nonlocal state
-        for _ in range(n):
-            state, _ = one(state, *(x[0] for x in tokens))
+        for _ in range(calls):
+            state, _ = call(state, *tokens)
         jax.block_until_ready(state)
 
-    row["kernel"] = gpu_ms(run)
-    us = [f"{x * 1e3:.1f} us" for x in (ms, row["kernel"])]
-    say(f"decode   {row['name']:<26}in a scan {us[0]} {share:4.0%}  kernel alone {us[1]}")
-    return row
+    row.ms["forward"] = ms = clock(run, steps)
+    moved = 2 * nbytes(state) + 4 * nbytes(tokens[0]) / steps
+    row.copy_speed["forward"] = moved / rate * 1e3 / ms
 
 
-def measure_slots(way, rate, rows, B=DECODE_BATCHES[-1]):
-    """A decode step in a lax.scan, in which 3 of 10 rows keep their state."""
-    from lightning_attn import lightning_attn, lightning_g_gamma
+def attempt(f, row, *more):
+    try:
+        f(row, *more)
+    except Exception as error:
+        row.failed = reason(error)
 
-    state, tokens = decode_inputs(B)
-    H = state.shape[1]
-    one = lambda q, k, v, g, s: lightning_attn(
-        q[None], k[None], v[None], g_gamma=g, initial_state=s[None]
-    )
 
-    def step(state, inputs):
-        q, k, v, active = inputs
-        if way == "slots by where":
-            o, new = lightning_attn(q, k, v, **LAYER, initial_state=state)
-            return jnp.where(active[:, None, None, None], new, state), o
-        g = jnp.where(active[:, None], lightning_g_gamma(H, *LAYER.values()), 0)
-        k = jnp.where(active[:, None, None, None], k, 0)
-        o, state = jax.vmap(one)(q, k, v, g, state)
-        return state[:, 0], o[:, 0]
-
-    active = jax.random.bernoulli(jax.random.key(1), 0.7, (DECODE_STEPS, B))
-    ms = ms_of_step(step, state, (*tokens, active))
-    say(f"decode   {B} {way:<22}in a scan {ms * 1e3:.1f} us")
-    return dict(section="decode", name=f"{B} {way}", shape=(B, 1, *state.shape[1:3]), forward=ms)
+def line_of(row):
+    texts = [f"{row.section:<9}{row.name:<43}{text_of(row.shape):<19}"]
+    for way, ms in row.ms.items():
+        share = f" {row.copy_speed[way]:4.0%}" if way in row.copy_speed else ""
+        texts.append(f"{way} {ms_text(ms):>6} ms{'*' * by_python(row, way)}{share}")
+    texts += [f"memory {row.memory:.1%}"] if row.memory is not None else []
+    texts += [row.note] if row.note else []
+    texts += [f"failed: {row.failed}"] if row.failed else []
+    return "  ".join(texts)
 
 
 # Peers, each in a process of its own ------------------------------------------------------------
 
 
-def fla(shape, dtype):
-    """flash-linear-attention's chunk_lightning_attn, in PyTorch."""
+def measure_fla(row, rate=None):
+    """flash-linear-attention's chunk_simple_gla, which its chunk_lightning_attn calls."""
     import torch
-    from fla.ops.lightning_attn import chunk_lightning_attn
+    from fla.ops.simple_gla import chunk_simple_gla
 
-    array = lambda: torch.randn(shape, device="cuda", dtype=getattr(torch, dtype)).requires_grad_()
-    count = 1 if 4 * np.prod(shape) * 2 > 2**28 else 4
+    B, T, H, D = row.shape
+    dtype = getattr(torch, row.dtype)
+    array = lambda: torch.randn(row.shape, device="cuda", dtype=dtype).requires_grad_()
+    count = 1 if 4 * B * T * H * D * dtype.itemsize > 2**28 else 4
     sets = [[array() for _ in range(4)] for _ in range(count)]
-    attend = lambda q, k, v: chunk_lightning_attn(q, k, v, **LAYER, output_final_state=True)[0]
+    g = torch.tensor(DECAYS[row.decays](H), device="cuda", dtype=torch.float32)
+    attend = lambda q, k, v: chunk_simple_gla(q, k, v, g_gamma=g, output_final_state=True)[0]
+
+    @torch.no_grad()
+    def forward(q, k, v, do):
+        attend(q, k, v)
+
+    def both(q, k, v, do):
+        torch.autograd.grad(attend(q, k, v), (q, k, v), do)
 
     def run(call, n):
+        start = time.perf_counter()
         for i in range(n):
             call(*sets[i % len(sets)])
+        seconds = time.perf_counter() - start
         torch.cuda.synchronize()
+        return seconds
 
-    def forward(n):
-        with torch.no_grad():
-            run(lambda q, k, v, do: attend(q, k, v), n)
-
-    def both(n):
-        run(lambda q, k, v, do: torch.autograd.grad(attend(q, k, v), (q, k, v), do), n)
-
-    return clock(forward), clock(both)
-
-
-def softmax(shape, dtype):
-    """Causal softmax attention by cuDNN."""
-    op = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    passes = passes_of(lambda q, k, v: (op(q, k, v), None))
-    sets = inputs_of(Case("peers", "softmax", shape, dtype))
-    return tuple(ms_of(passes[way], sets) for way in ("forward", "both"))
+    for way, call in zip(WAYS, (forward, both)):
+        row.ms[way] = clock(functools.partial(run, call))
+        # so few calls do not fill the GPU's queue: Python does not wait for the GPU
+        row.python_ms[way] = min(run(call, 20) for _ in range(3)) / 20 * 1e3
+    for ms in row.ms, row.python_ms:
+        ms["backward"] -= ms["forward"]
 
 
-PEERS = {"fla": fla, "softmax": softmax}
+def by_python(row, way):
+    """Whether a time is Python's, not that of the kernels."""
+    return way in row.python_ms and row.python_ms[way] >= 0.9 * row.ms[way]
 
 
-def be_peer(name, shapes, dtype):
+PEERS = {"fla": measure_fla, "softmax": measure}
+
+
+def be_peer(op, shapes, dtype):
     for shape in shapes:
-        row = dict(section="peers", name=name, shape=shape)
-        try:
-            forward, both = PEERS[name](shape, dtype)
-            row |= dict(forward=forward, backward=both - forward)
-        except Exception as error:
-            row["failed"] = reason(error)
-        say(json.dumps(row))
+        row = Row("peers", op, shape, dtype=dtype, op=op)
+        B, T, H, D = shape
+        if op == "softmax" and (ms := 2 * B * H * T**2 * D / 6e11) > 150:  # at 600 Tflop/s
+            row.note = f"skipped: its forward pass would take {ms:.0f} ms"
+        else:
+            attempt(PEERS[op], row, None)
+        say(json.dumps(dataclasses.asdict(row)))
 
 
-def measure_peer(name, shapes, dtype, seconds=1200):
+def row_of(json_row):
+    return Row(**json_row | dict(shape=tuple(json_row["shape"])))
+
+
+def measure_peer(op, shapes, dtype, seconds=1200):
     """Yields the rows of a peer as they come, until its time is up."""
-    command = [sys.executable, __file__, "--peer", name, "--dtype", dtype, "--shapes"]
+    command = [sys.executable, __file__, "--peer", op, "--dtype", dtype, "--shapes"]
     command += [",".join(map(str, shape)) for shape in shapes]
     peer = subprocess.Popen(["timeout", str(seconds), *command], stdout=subprocess.PIPE, text=True)
     for line in peer.stdout:
         if line.startswith("{"):
-            row = json.loads(line)
-            texts = [f"{way} {ms_text(row[way])} ms" for way in WAYS if way in row]
-            texts += [f"failed: {row['failed']}"] if "failed" in row else []
-            say(f"peers    {name:<26}{text_of(row['shape']):<20}{'  '.join(texts)}")
-            yield row
+            yield row_of(json.loads(line))
     if peer.wait():
-        say(f"peers    {name}: ended with status {peer.returncode}")
+        say(f"peers    {op}: ended with status {peer.returncode}")
 
 
-def fastest_other(rows, shape, way):
-    """(ms, name) of the fastest peer."""
-    same = lambda row: row["section"] == "peers" and tuple(row["shape"]) == tuple(shape)
-    return min(((row[way], row["name"]) for row in rows if same(row) and way in row), default=None)
+def fastest_other(rows, row, way):
+    """The row of the fastest peer, or None."""
+    same = [r for r in rows if r.section == "peers" and r.shape == row.shape and way in r.ms]
+    same = [r for r in same if r.dtype == row.dtype and row.section in WITH_PEERS]
+    return min(same, key=lambda r: r.ms[way], default=None)
 
 
-def show_fastest(rows):
-    for row in rows:
-        for way in WAYS if row["section"] == "shapes" else ():
-            if (other := fastest_other(rows, row["shape"], way)) and way in row:
-                factor = f"{other[1]} {other[0] / row[way]:.1f}x"
-                say(f"{text_of(row['shape']):<20}{way:<9} the fastest other: {factor}")
-
-
-# A CPU ------------------------------------------------------------------------------------------
-
-
-def measure_cpu(shapes, dtype):
-    """Error against the recurrence, and times beside softmax attention."""
-    from lightning_attn import lightning_attn, lightning_attn_reference
-
-    ours, recurrence = (
-        lambda q, k, v, f=f: f(q, k, v, **LAYER) for f in (lightning_attn, lightning_attn_reference)
-    )
-    softmax = functools.partial(jax.nn.dot_product_attention, is_causal=True)
-    for shape in shapes or [(1, T, 4, 64) for T in (256, 1024, 4096)]:
-        inputs = inputs_of(Case("cpu", "", shape, dtype))[0]
-        got, want = (jax.jit(f)(*inputs[:3])[0].astype(jnp.float32) for f in (ours, recurrence))
-        error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
-        texts = [f"{text_of(shape):<20}error {error:.0e}"]
+def show_table(rows):
+    """README's table, in Markdown."""
+    per_way = "{0}, ms | % of copy speed | fastest other"
+    say(f"\n| what | B, T, H, D | {' | '.join(map(per_way.format, WAYS))} | memory |")
+    say("| --- " * 9 + "|")
+    for row in (r for r in rows if r.copy_speed):
+        cells = [", ".join(dict.fromkeys((row.decays, row.name))), text_of(row.shape)]
         for way in WAYS:
-            of_ours = jax.jit(passes_of(ours)[way])
-            of_softmax = jax.jit(passes_of(lambda *qkv: (softmax(*qkv), None))[way])
-            ms = [
-                clock(functools.partial(queue, f, [inputs]), 1, 0.1) for f in (of_ours, of_softmax)
-            ]
-            texts.append(f"{way} {ms_text(ms[0]):>7} ms, softmax {ms_text(ms[1]):>7} ms")
-        say("  ".join(texts))
+            shown = ["", "", ""]
+            if way in row.ms:
+                shown[:2] = ms_text(row.ms[way]), f"{row.copy_speed[way] * 100:.0f} %"
+                if other := fastest_other(rows, row, way):
+                    factor = f"{other.ms[way] / row.ms[way]:.1f}"
+                    shown[2] = f"{other.op} {factor}{'*' * by_python(other, way)}"
+            cells += shown
+        memory = "" if row.memory is None else f"{row.memory * 100:.0f} %"
+        say(f"| {' | '.join([*cells, memory])} |")
 
 
-# The plot ---------------------------------------------------------------------------------------
+# The picture ------------------------------------------------------------------------------------
 
 COLOURS = {"lightning_attn": "#0a5fb4", "fla": "#c4622d", "softmax": "#7a5195"}
-LABELS = {"lightning_attn": "lightning_attn", "fla": "fla", "softmax": "cuDNN softmax"}
-GREY, DARK = "#6b7683", "#22272e"
+NOTES = """100 %: the time of a copy of as many bytes as the pass must read and write
+White points and bars of fla: the time that Python takes to launch its kernels, which take less
+softmax: attention by cuDNN"""
+PICTURED = {
+    "MiniMax-01\n8 x 4096 tokens": (MINIMAX, (8, 4096, 64, 128)),
+    "MiniMax-01\n32768 tokens": (MINIMAX, (1, 32768, 64, 128)),
+    "MiniMax-01, 8 of 64\nheads, 32768 tokens": (EIGHTH, (1, 32768, 8, 128)),
+    "Ring-flash-linear\n32768 tokens": (FLASH, (1, 32768, 32, 128)),
+    "Ring-mini-linear\n8192 tokens": (MINI, (1, 8192, 16, 128)),
+}
 
 
 def plot_lengths(axes, rows):
     """Time against the number of tokens, forward (solid) and backward (dashed)."""
-    lines = [r for r in rows if r["section"] in ("lengths", "peers") and r["name"] in COLOURS]
-    lines = [r for r in lines if (r["shape"][0], *r["shape"][2:]) == (1, 16, 128)]
-    for name, colour in COLOURS.items():
+    rows = [r for r in rows if r.section in ("lengths", "peers") and r.shape[1] in LENGTHS]
+    rows = sorted((r for r in rows if r.shape[2:] == (16, 128)), key=lambda r: r.shape)
+    for op, colour in COLOURS.items():
         for way, style in zip(WAYS, ("-", "--")):
-            points = sorted(
-                (r["shape"][1], r[way]) for r in lines if r["name"] == name and way in r
-            )
-            points = [point for point in points if point[0] <= LENGTHS[-1]]
-            if points:
-                width = 2.6 if name == "lightning_attn" else 1.6
-                label = f"{LABELS[name]}, {way}"
-                axes.loglog(*zip(*points), style, color=colour, lw=width, label=label)
-    for row in lines:
-        if row["name"] == "fla" and row["shape"][1] == LENGTHS[0] and "forward" in row:
-            at, offset = (LENGTHS[0], row["forward"]), (4, 6)
-            text = "the time that Python takes to launch fla"
-            axes.annotate(text, at, offset, textcoords="offset points", color=GREY, fontsize=8.5)
+            of_way = [r for r in rows if r.op == op and way in r.ms]
+            T, ms = [r.shape[1] for r in of_way], [r.ms[way] for r in of_way]
+            width = 2.8 if op == "lightning_attn" else 1.8
+            axes.loglog(T, ms, style, color=colour, lw=width, label=f"{op}, {way}")
+            ms = [r.ms[way] if by_python(r, way) else np.nan for r in of_way]
+            axes.loglog(T, ms, "o", color=colour, mfc="white", ms=6, mew=1.5)
     axes.set_xticks(LENGTHS, [f"{T // 1024}k" for T in LENGTHS])
+    axes.set_yticks([0.1, 1, 10, 100], ["0.1 ms", "1 ms", "10 ms", "100 ms"])
     axes.minorticks_off()
-    axes.set(xlabel="tokens", ylabel="ms", title="Time against length, 16 heads of 128")
-    axes.legend(frameon=False, fontsize=9)
+    axes.set(xlabel="tokens", title="Time of a call against its length, 16 heads of 128")
+    axes.legend(frameon=False, loc="upper left", ncols=3)
 
 
-def plot_shapes(axes, rows, way):
-    """Percent of copy speed at the main shapes, beside the fastest other implementation."""
-    shapes = [r for r in rows if r["section"] == "shapes" and way in r]
-    for i, row in enumerate(shapes):
-        share, other = row[f"{way}_of_floor"], fastest_other(rows, row["shape"], way)
-        axes.barh(i - 0.2, share, 0.38, color=COLOURS["lightning_attn"])
-        axes.text(
-            share + 0.01, i - 0.2, f"{share:.0%}, {row[way]:#.3g} ms", va="center", fontsize=9
-        )
-        if other:
-            ms, name = other
-            axes.barh(i + 0.2, share * row[way] / ms, 0.38, color=COLOURS[name], alpha=0.75)
-            text = f"{LABELS[name]}, {ms / row[way]:.1f}x the time"
-            place = share * row[way] / ms + 0.01
-            axes.text(place, i + 0.2, text, va="center", fontsize=9, color=COLOURS[name])
-    axes.set_yticks(range(len(shapes)), [text_of(row["shape"]) for row in shapes])
+def plot_models(axes, rows, way):
+    """Percent of copy speed at shapes of released models, beside the fastest other."""
+    axes.set(xlim=(0, 1), title=f"{way.capitalize()} pass, percent of copy speed")
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+    axes.grid(visible=False, axis="y")
+    axes.set_yticks(range(len(PICTURED)), PICTURED)
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1.35), title=f"{way.capitalize()}, percent of copy speed")
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
-    axes.axvline(1, color=DARK, lw=1, ls=":")
+
+    def bar(at, share, label, colour, fill):
+        axes.barh(at, share, 0.35, color=fill, ec=colour, lw=1.5)
+        inside = dict(ha="right", color="white" if fill == colour else colour)
+        place = inside if share > 0.4 else dict(color=colour)
+        axes.text(share, at, f" {label} ", va="center", **place)
+
+    for i, call in enumerate(PICTURED.values()):
+        for row in (r for r in rows if (r.section, r.decays, r.shape) == ("models", *call)):
+            ms, share, blue = row.ms[way], row.copy_speed[way], COLOURS["lightning_attn"]
+            bar(i - 0.2, share, f"{share * 100:.0f} %, {ms_text(ms)} ms", blue, blue)
+            if other := fastest_other(rows, row, way):
+                slower, colour = other.ms[way] / ms, COLOURS[other.op]
+                fill = "white" if by_python(other, way) else colour
+                label = f"{other.op}: {slower:.1f} times as long"
+                bar(i + 0.2, share / slower, label, colour, fill)
 
 
-def plot(result, target):
+def plot(results, target):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11.5}
+    rows = [row_of(row) for result in results for row in result["rows"]]
+    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
     style |= {"axes.grid": True, "grid.color": "#e4e8ec", "axes.axisbelow": True}
-    with plt.rc_context(style | {"axes.titleweight": "bold", "axes.titlelocation": "left"}):
-        figure, axes = plt.subplots(1, 3, figsize=(15.5, 5.6), layout="constrained")
-        plot_lengths(axes[0], result["rows"])
-        for way, of_way in zip(WAYS, axes[1:]):
-            plot_shapes(of_way, result["rows"], way)
-            of_way.text(
-                -0.03, 1.0, "B, T, H, D", transform=of_way.transAxes, ha="right", color=GREY
-            )
-        figure.supxlabel(result["about"], x=0.01, ha="left", fontsize=9, color=GREY)
-        figure.savefig(target, dpi=130)
+    style |= {"axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+    with plt.rc_context(style | {"legend.fontsize": 9}):
+        # 838 pixels wide, as GitHub shows it, at twice the resolution
+        figure, axes = plt.subplot_mosaic("LL;FB", figsize=(8.38, 7.4), layout="constrained")
+        plot_lengths(axes["L"], rows)
+        plot_models(axes["F"], rows, "forward")
+        plot_models(axes["B"], rows, "backward")
+        axes["B"].set_yticklabels([])
+        figure.supxlabel(f"{NOTES}. {results[0]['about']}", x=0.01, ha="left", fontsize=9)
+        figure.savefig(target, dpi=200)
+    show_table(rows)
     say(f"plotted in {target}")
 
 
@@ -499,12 +506,13 @@ def make_parser():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="these sections alone")
+    only = "these sections alone; with none: nothing but their peers"
+    add("--only", nargs="+", choices=[*SECTIONS, "none"], default=SECTIONS, help=only)
     add("--shapes", nargs="+", type=shape_of, metavar="B,T,H,D", help="these shapes alone")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     add("--peers", nargs="*", choices=list(PEERS), help="also these, or all: minutes each")
     add("--save", metavar="FILE.json", help="write all that is measured, row by row")
-    add("--plot", metavar="FILE.json", help="draw such a file and measure nothing")
+    add("--plot", nargs="+", metavar="FILE.json", help="draw such files and measure nothing")
     add("--plot-out", metavar="FILE", default=str(HERE / "assets" / "speed.png"))
     add("--peer", choices=list(PEERS), help=argparse.SUPPRESS)  # be the process of a peer
     return parser
@@ -516,41 +524,38 @@ def main():
     if options.peer:
         return be_peer(options.peer, options.shapes, options.dtype)
     if options.plot:
-        return plot(json.loads(pathlib.Path(options.plot).read_text()), options.plot_out)
-    device = jax.devices()[0].device_kind
+        results = [json.loads(pathlib.Path(file).read_text()) for file in options.plot]
+        return plot(results, options.plot_out)
+    device, gpu = jax.devices()[0].device_kind, jax.default_backend() == "gpu"
     about = f"{device}, jax {jax.__version__}, {datetime.date.today().isoformat()}"
-    if jax.default_backend() != "gpu":
-        say(about)
-        return measure_cpu(options.shapes, options.dtype)
-    rate = copy_rate(2**28)
-    about += f", a copy moves {rate / 1e12:.2f} TB/s"
+    rate = copy_rate(2**28) if gpu else None
+    about += f", a copy moves {rate / 1e12:.2f} TB/s" if gpu else ""
     say(about)
     rows = []
 
     def add(row):
         rows.append(row)
+        say(line_of(row))
         if options.save:
-            pathlib.Path(options.save).write_text(json.dumps(dict(about=about, rows=rows)))
+            result = dict(about=about, copy_rate=rate, rows=list(map(dataclasses.asdict, rows)))
+            pathlib.Path(options.save).write_text(json.dumps(result))
 
-    jobs = [(case.section, measure_case, case) for case in cases_of(options)]
-    if not options.shapes:
-        jobs += [("decode", measure_decode, B) for B in DECODE_BATCHES]
-        jobs += [("decode", measure_slots, way) for way in ("slots", "slots by where")]
-    for section, measure, case in jobs:
-        if section in options.only and (section != "devices" or jax.device_count() > 1):
-            try:
-                add(measure(case, rate, rows))
-            except Exception as error:
-                add(dict(section=section, name=str(case), shape=(), failed=reason(error)))
-                say(f"{section:<9}{case}: failed: {rows[-1]['failed']}")
-    own = [row["shape"] for row in rows if row["section"] in ("shapes", "lengths")]
-    for name in options.peers or PEERS if options.peers is not None else ():
-        for row in measure_peer(
-            name, dict.fromkeys(x for x in own if x[1] < LONGER), options.dtype
-        ):
+    sections = [section for section in options.only if section != "none"] or SECTIONS
+    todo = [
+        r for r in rows_of(options.shapes, options.dtype, gpu) if r.section in (*sections, "cpu")
+    ]
+    for row in todo:
+        if "none" not in options.only and (row.section != "devices" or jax.device_count() > 1):
+            attempt(measure_decode if row.section == "decode" else measure, row, rate)
             add(row)
-    show_fastest(rows)
-    return int(any("failed" in row for row in rows))
+    compared = [r.shape for section in WITH_PEERS for r in todo if r.section == section]
+    shapes = dict.fromkeys(shape for shape in compared if shape[1] < LONGER)
+    for op in options.peers or PEERS if shapes and options.peers is not None else ():
+        for row in measure_peer(op, shapes, options.dtype):
+            add(row)
+    if any(row.copy_speed for row in rows):
+        show_table(rows)
+    return int(any(row.failed for row in rows if row.section != "peers"))
 
 
 if __name__ == "__main__":
