@@ -2399,6 +2399,11 @@ def test_snippets_of_the_readme(monkeypatch):
     mesh = jax.sharding.AbstractMesh((2,), ("rows",))
     shape = jax.ShapeDtypeStruct(R.q.shape, R.q.dtype, sharding=NamedSharding(mesh, P("rows")))
     assert R.export.export(R.f)(shape, shape, shape).serialize()
+    local = lambda q, k, v: la.lightning_attn(q, k, v, g_gamma=g)[0]
+    by_rows = jax.jit(jax.shard_map(local, mesh=R.mesh, in_specs=P("data"), out_specs=P("data")))
+    rows = R.put(R.mesh, P("data"), *qkv)
+    by_rows = R.export.export(by_rows)(*rows).serialize()
+    close(R.export.deserialize(by_rows).call(*rows), whole[0])
     if has_flax:
         layers = [S.Attention(S.nnx.Rngs(0)) for S in (R, E)]
         close(*([f(R.x), R.nnx.grad(lambda f: f(R.x).sum())(f).w[...]] for f in layers))
