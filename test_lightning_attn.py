@@ -2333,30 +2333,129 @@ def test_compute_sanitizer(tool, calls, tmp_path):
 @wants_project
 @wants_8_cpus
 def test_snippets_of_the_readme(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lightning_attn", la)
-    text, names = (PROJECT / "README.md").read_text(), {}
-    exec("".join(re.findall(r"```python\n(.*?)```", text, re.S)), names)
-    R, close = types.SimpleNamespace(**names), functools.partial(assert_close, bar=4e-3)
-    recurrence = functools.partial(lightning_attn_reference, layer_idx=0, num_layers=3)
-    of_tokens = lambda n, row=slice(None): recurrence(*(x[row, :n] for x in (R.q, R.k, R.v)))
-    whole, at_204, at_205 = map(of_tokens, (256, 204, 205))
-    close([(R.o, R.s), R.by_jit, R.by_heads, R.by_tokens], [whole, whole[0], whole[0], whole])
-    close([R.packed, R.states], recurrence(*R.pack, cu_seqlens=[0, 200, 201, 351, 351, 351]))
-    close([R.padded[1, :, :100], R.row_states[1]], of_tokens(100, slice(1, 2)))
-    close([R.left[:, 100:], R.left_s], recurrence(*(x[:, 100:] for x in (R.q, R.k, R.v))))
-    close([R.output, R.state], [at_204[0][:, -1:], at_204[1]])
-    close([R.slot_outputs[1], R.slots[1]], [at_205[0][0, -1:], at_205[1][0]])
-    assert (R.slots[::2] == 1).all() and not (R.padded[1, 0, 100:].any() or R.left[:, :100].any())
-    f = lambda q: (recurrence(q, R.k, R.v)[0].astype(jnp.float32) ** 2).mean()
-    close(R.hessian_times_t, jax.jvp(jax.grad(f), (R.q,), (R.t,))[1])
-    slopes = np.log2(R.slopes(6, 4)).tolist(), np.log2(-R.minimax).round(1)[::2].tolist()
-    assert slopes == ([-2, -4, -6, -8, -1, -3], [[-2, -4, -6, -8], [-18.6, -20.6, -22.6, -24.6]])
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((R.gradients, R.ling, R.retnet)))
-    for repeats, layer in (False, R.remat), (True, jax.checkpoint(R.layer)):
-        names["remat"] = layer  # which the loss of the snippet calls
-        compiled = jax.jit(jax.grad(R.model)).lower(R.weights, jnp.ones((2, 256, 128))).compile()
+    import inspect
+
+    text = (PROJECT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    has_flax = bool(importlib.util.find_spec("flax"))
+    blocks = [block for block in blocks if has_flax or "flax" not in block]
+
+    def run(blocks, lightning_attn=la.lightning_attn, names=()):
+        module = types.SimpleNamespace(**vars(la) | {"lightning_attn": lightning_attn})
+        monkeypatch.setitem(sys.modules, "lightning_attn", module)
+        names = dict(names)
+        exec("".join(blocks), names)
+        return types.SimpleNamespace(**names)
+
+    def recurrence(*args, output_final_state=True, **kwargs):
+        return lightning_attn_reference(*args, **kwargs)
+
+    # results, beside those of the same program with the recurrence. One bit of bfloat16 is 8e-3
+    R, close = run(blocks), functools.partial(assert_close, bar=1e-2)
+    plain = [block for block in blocks if "export" not in block and "make_mesh" not in block]
+    E = run(plain, recurrence)
+    results = "output final_state dq dk dv y states drafts packed pack_states padded row_states"
+    for name in f"{results} slot_outputs slots hessian_times_ones".split():
+        close(getattr(R, name), getattr(E, name))
+    close(R.dw, E.dw, bar=2e-2)  # of three layers
+    whole, g, qkv = (E.output, E.final_state), R.g[1], (R.q, R.k, R.v)
+    explicit = run([blocks[-1].replace("AxisType.Auto", "AxisType.Explicit")], names=vars(R))
+    for S in R, explicit:
+        close([S.by_jit, S.by_heads, S.by_tokens], [whole[0], whole[0], whole])
+    assert "Explicit" in str(explicit.by_jit.sharding.mesh)
+
+    # generation: the model as a whole, a prompt in parts, the states in place
+    model = R.model(R.w, R.x)
+    assert model.dtype == R.y.dtype == jnp.bfloat16
+    _, states = R.step(R.w, jnp.zeros_like(R.states), R.x[:, :128])
+    y, states = R.step(R.w, states, R.x[:, 128:206])
+    close([R.y, R.drafts], [model[:, 204:206], model[:, 204:208]])
+    close([y[:, -2:], states], [R.y, R.states])
+    for tokens in 1, 4:
+        compiled = R.step.lower(R.w, R.states, R.x[:, :tokens]).compile()
+        assert compiled.memory_analysis().alias_size_in_bytes == R.states.nbytes
+        assert not re.search(r"f32\[3,2,4,32,32\]\S* copy\(", compiled.as_text())
+    whole_layer = jax.checkpoint(lambda x, wg: (R.attention(x, *wg)[0], None))
+    for repeats, remat in (False, R.remat), (True, whole_layer):
+        gradient = jax.grad(lambda w: jax.lax.scan(remat, R.x, (w, R.g))[0].sum().astype("float32"))
         again = 'rematted_computation[^"]*/lightning_attn_forward'
-        assert bool(re.search(again, compiled.as_text())) == repeats
+        compiled = jax.jit(gradient).lower(R.w).compile().as_text()
+        assert bool(re.search(again, compiled)) == repeats
+
+    # padding and idle slots
+    part = lambda row, tokens: recurrence(*(a[row, tokens] for a in qkv), g_gamma=g)
+    right, left = part(slice(0, 1), slice(100)), part(slice(1, 2), slice(56, None))
+    close([R.padded[0, :, :100], R.row_states[0]], right)
+    close([R.padded[1, :, 56:], R.row_states[1]], left)
+    close(la.lightning_attn(*(a[:1] for a in qkv), g_gamma=g, cu_seqlens=[0, 100])[1], right[1])
+    outside = R.padded[0, :, 100:], R.padded[1, :, :56]
+    assert (R.slots[::2] == 1).all() and not any(a.any() for a in outside)
+
+    # export, flax, second derivatives
+    close(R.reloaded, whole)
+    checks = [eval(re.search(r"disabled_checks=\[(.*?)\]", text)[1], vars(R))]
+    fixed = R.export.export(jax.jit(R.row), disabled_checks=checks)(*(a[0] for a in qkv), 0, 100)
+    close(R.export.deserialize(fixed.serialize()).call(*(a[0] for a in qkv), 0, 100)[1], right[1])
+    mesh = jax.sharding.AbstractMesh((2,), ("rows",))
+    shape = jax.ShapeDtypeStruct(R.q.shape, R.q.dtype, sharding=NamedSharding(mesh, P("rows")))
+    assert R.export.export(R.f)(shape, shape, shape).serialize()
+    local = lambda q, k, v: la.lightning_attn(q, k, v, g_gamma=g)[0]
+    by_rows = jax.jit(jax.shard_map(local, mesh=R.mesh, in_specs=P("data"), out_specs=P("data")))
+    rows = R.put(R.mesh, P("data"), *qkv)
+    by_rows = R.export.export(by_rows)(*rows).serialize()
+    close(R.export.deserialize(by_rows).call(*rows), whole[0])
+    if has_flax:
+        layers = [S.Attention(S.nnx.Rngs(0)) for S in (R, E)]
+        close(*([f(R.x), R.nnx.grad(lambda f: f(R.x).sum())(f).w[...]] for f in layers))
+        close(la.lightning_attn(*qkv, g_gamma=R.nnx.Param(jnp.asarray(g))), whole)
+    squares = lambda op: lambda q: (op(q, q, q, 0, 1)[0] ** 2).sum()
+    hessian = jax.jacrev(jax.jacrev(squares(la.lightning_attn)))
+    close(hessian(jnp.ones((1, 3, 1, 2))), jax.hessian(squares(recurrence))(jnp.ones((1, 3, 1, 2))))
+
+    # decays, beside the formulas of the released code
+    def alibi(n):
+        if math.log2(n).is_integer():
+            start = 2 ** -(2 ** -(math.log2(n) - 3))
+            return [start * start**i for i in range(n)]
+        closest = 2 ** math.floor(math.log2(n))
+        return alibi(closest) + alibi(2 * closest)[::2][: n - closest]
+
+    for H, L in (64, 80), (16, 20), (32, 32), (4, 3), (12, 12), (24, 6), (40, 10), (48, 80):
+        sizes = re.sub("D, L = .*", f"D, L = 1, 1, {H}, 1, {L}", blocks[0].split("q, k, v =")[0])
+        S, heads, layers = run([sizes, blocks[1]]), range(H), range(L)
+        factor = lambda l, tiny=0: 1 - l / (L - 1 + tiny) + 1e-5
+        base = 1 / (2 ** (8 / H))
+        formulas = {
+            "g": [[-slope * factor(l) for slope in alibi(H)] for l in layers],
+            "ling": [[-slope * factor(l - 1) for slope in alibi(H)] for l in layers],
+            "retnet": [math.log(1 - 2.0 ** (-5 - h)) for h in heads],
+            "paper": [[-8 / H * (1 - l / L) * h for h in heads] for l in layers],
+            "transformers": [[-(base ** (h + 1)) * factor(l, 1e-5) for h in heads] for l in layers],
+        }
+        for name, formula in formulas.items():
+            np.testing.assert_allclose(getattr(S, name), formula, 1e-6, 1e-15, err_msg=name)
+        differs = not np.allclose(S.transformers[:-1], S.g[:-1], rtol=1e-3)
+        assert differs == bool(H & (H - 1)) and (S.paper < -0.5).mean() > 0.5
+
+    # the arguments with their defaults, and messages
+    table = re.findall(r"^\| ((?:`\w+`,? )+)\| (\w*)", text.split("## Arguments")[1], re.M)
+    listed = [(name, default) for names, default in table for name in re.findall(r"\w+", names)]
+    for (name, default), p in zip(listed, inspect.signature(la.lightning_attn).parameters.values()):
+        assert (name, default) == (p.name, "" if p.default is p.empty else str(p.default))
+    x = jnp.ones((1, 3, 1, 2))
+    for call, words in (
+        (lambda: la.lightning_attn(x, x, x, 0, 1, mask=x), "got an unexpected keyword argument"),
+        (lambda: la.lightning_attn(x, x, x, 0, 1).sum(), "'tuple' object has no attribute"),
+        (
+            lambda: jax.hessian(squares(la.lightning_attn))(x),
+            "can't apply forward-mode autodiff (jvp) to a custom_vjp function",
+        ),
+        (lambda: la.lightning_attn(x, x, x, 0, 1, backend="triton"), "backend"),
+    ):
+        assert words in text
+        with pytest.raises((AttributeError, TypeError, ValueError), match=re.escape(words)):
+            call()
+    assert sum(not line.startswith("|") for line in text.splitlines()) <= 190
 
 
 # Harness ------------------------------------------------------------------------------------------
