@@ -1545,6 +1545,27 @@ def test_heads_from_projections(sizes, H, Hk, what, kind, precise):
         assert all(size <= most or op == "all-reduce" for op, size in collectives(compiled)), most
 
 
+def test_axes_of_a_mesh():
+    """(size, step) of the axes that give devices these parts of an array, if such axes exist."""
+
+    def axes(*part):
+        found = la._axes(np.array(part)[:, None])
+        return found and [(size, int(step[0])) for size, step in found]
+
+    assert axes(0, 0, 1, 1) == [(2, 1), (2, 0)] and axes(0, 2, 1, 3) == [(2, 1), (2, 2)]
+    assert axes(0, 1, 1, 0) is None and axes(0, 1, 2, 0) is None
+
+
+@wants_8_cpus
+def test_devices_add_up_in_float32():
+    """Key heads that devices share get the gradients, in 16 bits, that they get on one device."""
+    q, k, v, _, do, _ = inputs(33, 2, 40, 16, 2, 8, 8, "bfloat16")
+    f = jax.jit(lambda q, k, v, do: jax.vjp(lambda *x: of_layer_1(*x)[0], q, k, v)[1](do))
+    heads = P(None, None, "t")
+    args = put(mesh_of(AUTO, t=8), (heads, P(), P(), heads), (q, k, v, do))
+    assert_close(f(*args), f(q, k, v, do), 1e-3)
+
+
 @parametrize(
     "kind, shape, spec",
     [
