@@ -453,32 +453,28 @@ def test_extreme_decays(path, g):
 
 
 @each_path
-@parametrize("scale", [1.0, -2.5, 0.0])
-def test_scale(path, scale):
-    """In the default precision, TF32 on GPUs."""
-    q, k, v, s0, do, ds = inputs(6, 1, 300, 2, 1, 64, 64)
-    f = lambda scale: run_on(path, q, k, v, 0, 4, softmax_scale=scale, initial_state=s0)
-    want = oracle(q, k, v, np.asarray(lightning_g_gamma(2, 0, 4)), scale, s0, do, ds)
-    for o, s in f(scale), jax.jit(f)(jnp.float32(scale)):
-        assert error(o, want[0]) < 2e-3 and error(s, want[1]) < 2e-3
-
-
-@each_path
-@parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_gradient_of_a_traced_scale(path, dtype, precise):
-    """It sums over all of query, in float32 whatever the dtype."""
-    q, k, v, _, do, _ = inputs(6, 1, 256, 2, 1, 32, 32, dtype)
+@parametrize(
+    "scale, dtype",
+    [(-2.5, "float32"), (0.0, "float32"), (1.0, "float32"), (1.0, "bfloat16"), (-2.5, "float16")],
+)
+def test_scale(path, scale, dtype):
+    """A number or traced, in the default precision: TF32 on GPUs. The gradient of a traced scale
+    sums over all of query, in float32 whatever the dtype."""
+    q, k, v, s0, do, ds = inputs(6, 1, 256, 2, 1, 32, 32, dtype)
     g = np.array([-0.05, -0.6])
 
-    def loss(scale):
-        o, _ = run_on(path, q, k, v, softmax_scale=scale, g_gamma=jnp.asarray(g, jnp.float32))
-        return (o.astype(jnp.float32) * do.astype(jnp.float32)).sum()
+    def f(scale):
+        options = dict(initial_state=s0, g_gamma=jnp.asarray(g, jnp.float32))
+        o, s = run_on(path, q, k, v, softmax_scale=scale, **options)
+        return (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(), (o, s)
 
-    zeros = np.zeros((1, 2, 32, 32))
-    o = oracle(q, k, v, g, 1.0, zeros, do, zeros)[0]
-    want, size = (o * float64(do)).sum(), np.linalg.norm(o * float64(do))
-    got = jax.jit(jax.grad(loss))(jnp.float32(0.3))
-    assert abs(float(got) - want) < {"float32": 1e-4}.get(dtype, 2e-2) * size
+    (_, traced), gradient = jax.jit(jax.value_and_grad(f, has_aux=True))(jnp.float32(scale))
+    bar = 2e-3 if dtype == "float32" else 1e-2
+    want = oracle(q, k, v, g, scale, s0, do, ds)
+    for o, s in f(scale)[1], traced:
+        assert error(o, want[0]) < bar and error(s, want[1]) < bar
+    terms = oracle(q, k, v, g, 1.0, s0, do, ds)[0] * float64(do)
+    assert abs(float(gradient) - terms.sum()) < 2 * bar * np.linalg.norm(terms)
 
 
 @parametrize("cu", [None, [0, 500, 1000]], ids=["batch", "packed"])
@@ -1069,10 +1065,11 @@ def test_gradients_of_one_result(path, precise, what, cu):
 
 
 @each_path
-def test_second_derivatives(path, precise):
-    q, k, v, s0, do, ds = inputs(23, 1, 5, 4, 2, 3, 2)
+@parametrize("Hk", [1, 2])
+def test_second_derivatives(path, precise, Hk):
+    q, k, v, s0, do, ds = inputs(23, 1, 5, 4, Hk, 3, 2)
     at = q, k, v, s0, jnp.array([-0.1, -0.7, 0, -0.3])
-    along = (*inputs(29, 1, 5, 4, 2, 3, 2)[:4], jnp.array([0.3, -1.2, -0.5, 0.7]))
+    along = (*inputs(29, 1, 5, 4, Hk, 3, 2)[:4], jnp.array([0.3, -1.2, -0.5, 0.7]))
     dot = lambda xs, ys: sum(jnp.vdot(x, y) for x, y in zip(xs, ys))
 
     def second(f):
@@ -1100,8 +1097,6 @@ def test_other_transforms(path, precise):
     if path == "xla":
         with jax.disable_jit():
             assert_close(f(q, k, v, s0), want)
-    if path not in INTERPRETED:  # a Python callback cannot be exported
-        assert_close(exported_and_back(f, q, k, v, s0), want)
     with jax.debug_nans(True):
         assert_close(jax.jit(f)(q, k, v, s0), want)
     assert_close(jax.jit(f, donate_argnums=3)(q, k, v, s0 + 0), want)
@@ -1547,11 +1542,7 @@ def test_heads_from_projections(sizes, H, Hk, what, kind, precise):
 
 def test_axes_of_a_mesh():
     """(size, step) of the axes that give devices these parts of an array, if such axes exist."""
-
-    def axes(*part):
-        found = la._axes(np.array(part)[:, None])
-        return found and [(size, int(step[0])) for size, step in found]
-
+    axes = lambda *part: la._axes(np.array(part)[:, None])
     assert axes(0, 0, 1, 1) == [(2, 1), (2, 0)] and axes(0, 2, 1, 3) == [(2, 1), (2, 2)]
     assert axes(0, 1, 1, 0) is None and axes(0, 1, 2, 0) is None
 
@@ -1593,17 +1584,11 @@ def test_sharded_by_jit(precise, kind, shape, spec):
 
 @wants_8_cpus
 @each_axis_type
-@parametrize("what", ["numpy", "constants", "constraints"])
+@parametrize("what", ["numpy", "constants"])
 def test_a_mesh_that_is_set_and_arguments_that_are_not_committed(precise, kind, what):
     arrays = [np.asarray(x) for x in inputs(35, 8, 72, 4, 2, 8, 8)[:3]]
-
-    def f(*args):
-        if what == "constraints" and kind == AUTO:  # shardings of Explicit axes are types
-            args = (jax.lax.with_sharding_constraint(x, P("a", None, "b")) for x in args)
-        return of_layer_1(*args)
-
-    want = gradients_of(of_layer_1)(*arrays)
-    call = lambda: gradients_of(f)(*arrays)
+    call = lambda: gradients_of(of_layer_1)(*arrays)
+    want = call()
     with jax.set_mesh(mesh_of(kind, a=4, b=2)):
         assert_close((jax.jit(call) if what == "constants" else call)(), want, 1e-5)
 
@@ -1715,8 +1700,9 @@ def test_no_tracer_leaks_and_no_constants(precise):
 def test_kernels_in_a_shard_map_of_tokens_and_heads(precise):
     """On a CPU in the interpreter."""
     path = "gpu" if HAS_GPU else "interpreter"
-    # the state of a device's 65 tokens weighs 5 % of a chunk that ends a token before, at g = -3
-    q, k, v, s0, *_ = inputs(32, 1, 130, 4, 2, 8, 8)
+    # 161 tokens of a device are splits of 96 and 65, and the last chunk has one token: at g = -3
+    # the chunk before it still weighs 5 %
+    q, k, v, s0, *_ = inputs(32, 1, 322, 4, 2, 8, 8)
     g, tokens, state = -1.0 * jnp.arange(4), P(None, "t", "h"), P(None, "h")
     whole = lambda q, k, v, s0, g, **kw: run_on(
         path, q, k, v, initial_state=s0, g_gamma=g, reverse=True, **kw
@@ -2084,13 +2070,15 @@ def test_versions_agree():
 
 
 @wants_triton
+@parametrize("H", [64, 2**17], ids=["rows", "tokens"])
 @parametrize("arch, T", [("sm_90", 140), ("sm_80", 140), ("sm_80", 1)])
-def test_offsets_past_2_31(arch, T):
+def test_offsets_past_2_31(arch, T, H):
     """The last program of arrays of 2^32 elements stays inside of them and writes its own rows.
 
-    The arrays are `Endless`: nothing so large is made.
+    The arrays are `Endless`: nothing so large is made. Many heads put the tokens of a row that far
+    apart.
     """
-    B, H, D = 2**32 // (T * 64 * 128) + 1, 64, 128
+    B, D = 2**32 // (T * H * 128) + 1, 128
     x = jax.ShapeDtypeStruct((B, T, H, D), "bfloat16")
     s0 = jax.ShapeDtypeStruct((B, H, D, D), "float32")
     f = lambda q, k, v, s0: lightning_attn(q, k, v, 3, 8, initial_state=s0, backend="triton")[0]
@@ -2108,6 +2096,9 @@ def test_offsets_past_2_31(arch, T):
     s, o = (p.array.written for p in pointers[-2:])
     assert {at // D for at in o} == {((B - 1) * T + t) * H + H - 1 for t in range(T)}
     assert {at // D**2 for at in s} == {B * H - 1}
+    # descriptors count rows in int32
+    past = la._config(arch, 132, D, D, np.dtype("float16"), 2**31 // T + 1, H, T, 1, False)
+    assert past.kernel is la._chunk_scan_kernel
 
 
 @wants_triton
@@ -2491,8 +2482,7 @@ def interpreted_call(
                 sums = InterpretedFunction(triton.language.sum.fn).rewrite()
                 m.setattr(triton.language, "sum", sums)
                 kernel[grid](*map(Host, (*arrays, *out)), **constants)
-        for x in *arrays, *out:
-            assert_guards(x, f"{kernel.fn.__name__} wrote outside of an array")
+        assert all(map(has_its_guards, (*arrays, *out))), f"{kernel.fn.__name__} wrote outside"
         return tuple(out)
 
     operands = [x.base if is_descriptor else x for x, is_descriptor in zip(args, is_described)]
@@ -2538,11 +2528,10 @@ def guarded(x):
     return out
 
 
-def assert_guards(x, words):
-    """Raises if somebody has written beside an array from `guarded`."""
+def has_its_guards(x):
+    """Whether the bytes beside an array from `guarded` are as they were."""
     start = x.ctypes.data - x.base.ctypes.data
-    beside = x.base[:start], x.base[start + x.nbytes :]
-    assert all((part == 255).all() for part in beside), words
+    return (x.base[:start] == 255).all() and (x.base[start + x.nbytes :] == 255).all()
 
 
 class Host:
@@ -2666,14 +2655,8 @@ class Machine:
     invalidate = lambda self, bar: None  # its copies are checked when the program ends
 
     def __init__(self, program):
-        self.program, self.products, self.bars, self.mbarrier, self.tma = (
-            program,
-            [],
-            [],
-            self,
-            self,
-        )
-        Machine.now = self
+        self.program, self.products, self.bars = program, [], []
+        self.mbarrier = self.tma = Machine.now = self
 
     program_id = lambda self, _: tensor_of_index(self.program)
     arange = lambda self, a, b, layout=None: tensor(np.arange(a, b), np.int32)
