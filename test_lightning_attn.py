@@ -554,10 +554,7 @@ def test_reference(reverse):
 
 
 def test_decays_that_cannot_be_checked_do_not_grow():
-    """A traced decay above 0 counts as 0 and has no gradient. A decay of 0 has its whole gradient.
-
-    Layers past the last layer have decays above 0.
-    """
+    """A traced decay above 0, as of a layer past the last, counts as 0 and has no gradient."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 70, 4, 8)), "float32")
     g = jnp.array([0, 0.5, np.inf, -0.5])
     loss = lambda g: lightning_attn(x, x, x, g_gamma=g)[1].sum()
@@ -578,8 +575,7 @@ def test_profiles_name_the_passes():
     # an eager call runs all that it traces: dg only if somebody wants it
     for operands in QKV, (0, 1, 2, 3):
         traced = jax.make_jaxpr(jax.grad(loss, operands))(q, k, v, -jnp.ones(2))
-        has_dg = "lightning_attn_dg" in traced.pretty_print(name_stack=True)
-        assert has_dg == (3 in operands)
+        assert ("lightning_attn_dg" in traced.pretty_print(name_stack=True)) == (3 in operands)
 
 
 # Packed batches -----------------------------------------------------------------------------------
