@@ -33,10 +33,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import timeit
 import types
 import warnings
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -453,32 +453,28 @@ def test_extreme_decays(path, g):
 
 
 @each_path
-@parametrize("scale", [1.0, -2.5, 0.0])
-def test_scale(path, scale):
-    """In the default precision, TF32 on GPUs."""
-    q, k, v, s0, do, ds = inputs(6, 1, 300, 2, 1, 64, 64)
-    f = lambda scale: run_on(path, q, k, v, 0, 4, softmax_scale=scale, initial_state=s0)
-    want = oracle(q, k, v, np.asarray(lightning_g_gamma(2, 0, 4)), scale, s0, do, ds)
-    for o, s in f(scale), jax.jit(f)(jnp.float32(scale)):
-        assert error(o, want[0]) < 2e-3 and error(s, want[1]) < 2e-3
-
-
-@each_path
-@parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_gradient_of_a_traced_scale(path, dtype, precise):
-    """It sums over all of query, in float32 whatever the dtype."""
-    q, k, v, _, do, _ = inputs(6, 1, 256, 2, 1, 32, 32, dtype)
+@parametrize(
+    "scale, dtype",
+    [(-2.5, "float32"), (0.0, "float32"), (1.0, "float32"), (1.0, "bfloat16"), (-2.5, "float16")],
+)
+def test_scale(path, scale, dtype):
+    """A number or traced, in the default precision: TF32 on GPUs. The gradient of a traced scale
+    sums over all of query, in float32 whatever the dtype."""
+    q, k, v, s0, do, ds = inputs(6, 1, 256, 2, 1, 32, 32, dtype)
     g = np.array([-0.05, -0.6])
 
-    def loss(scale):
-        o, _ = run_on(path, q, k, v, softmax_scale=scale, g_gamma=jnp.asarray(g, jnp.float32))
-        return (o.astype(jnp.float32) * do.astype(jnp.float32)).sum()
+    def f(scale):
+        options = dict(initial_state=s0, g_gamma=jnp.asarray(g, jnp.float32))
+        o, s = run_on(path, q, k, v, softmax_scale=scale, **options)
+        return (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(), (o, s)
 
-    zeros = np.zeros((1, 2, 32, 32))
-    o = oracle(q, k, v, g, 1.0, zeros, do, zeros)[0]
-    want, size = (o * float64(do)).sum(), np.linalg.norm(o * float64(do))
-    got = jax.jit(jax.grad(loss))(jnp.float32(0.3))
-    assert abs(float(got) - want) < {"float32": 1e-4}.get(dtype, 2e-2) * size
+    (_, traced), gradient = jax.jit(jax.value_and_grad(f, has_aux=True))(jnp.float32(scale))
+    bar = 2e-3 if dtype == "float32" else 1e-2
+    want = oracle(q, k, v, g, scale, s0, do, ds)
+    for o, s in f(scale)[1], traced:
+        assert error(o, want[0]) < bar and error(s, want[1]) < bar
+    terms = oracle(q, k, v, g, 1.0, s0, do, ds)[0] * float64(do)
+    assert abs(float(gradient) - terms.sum()) < 2 * bar * np.linalg.norm(terms)
 
 
 @parametrize("cu", [None, [0, 500, 1000]], ids=["batch", "packed"])
@@ -558,10 +554,7 @@ def test_reference(reverse):
 
 
 def test_decays_that_cannot_be_checked_do_not_grow():
-    """A traced decay above 0 counts as 0 and has no gradient. A decay of 0 has its whole gradient.
-
-    Layers past the last layer have decays above 0.
-    """
+    """A traced decay above 0, as of a layer past the last, counts as 0 and has no gradient."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 70, 4, 8)), "float32")
     g = jnp.array([0, 0.5, np.inf, -0.5])
     loss = lambda g: lightning_attn(x, x, x, g_gamma=g)[1].sum()
@@ -579,6 +572,10 @@ def test_profiles_name_the_passes():
     text = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(q, k, v, -jnp.ones(2)).compile().as_text()
     found = set(re.findall(r"lightning_attn_(\w+)", text))
     assert found == {"forward", "dq", "dk_dv", "dg"}, found
+    # an eager call runs all that it traces: dg only if somebody wants it
+    for operands in QKV, (0, 1, 2, 3):
+        traced = jax.make_jaxpr(jax.grad(loss, operands))(q, k, v, -jnp.ones(2))
+        assert ("lightning_attn_dg" in traced.pretty_print(name_stack=True)) == (3 in operands)
 
 
 # Packed batches -----------------------------------------------------------------------------------
@@ -716,25 +713,37 @@ def test_padded_batches(path, precise, left):
 
 
 def test_boundaries_padded_to_a_count_cost_what_the_sequences_cost():
-    """In plain JAX, as many temporaries as for few boundaries. Padded rows have no chunk more."""
-    q, k, v, *_ = inputs(51, 1, 2048, 4, 4, 64, 64)
-    memory, seconds = [], []
+    """In plain JAX. More boundaries add no products and few temporaries. The two boundaries of a
+    padded row add no chunk."""
+    op = la._Op(1.0, False, "xla", None)
+    scan = lambda x, cu: la._scan_xla(op, la._Operands(x, x, x, -jnp.ones((1, 2)), None, cu))
+    boundaries = lambda count, length, T: jnp.minimum(jnp.arange(count) * length, T)
 
-    def run(q, k, v, cu):
-        options = dict(cu_seqlens=cu, backend="xla", output_final_state=False)
-        return jax.vjp(lambda *qkv: lightning_attn(*qkv, 1, 2, **options)[0], q, k, v)[1](q)
+    def products(count):  # without jit each step of a loop that is not skipped calls einsum anew
+        with jax.disable_jit(), mock.patch.object(jnp, "einsum", wraps=jnp.einsum) as einsum:
+            scan(jnp.ones((1, 256, 2, 8)), boundaries(count, 16, 256)[None])
+        return einsum.call_count
 
-    for count in 16, 4096:
-        cu = jnp.minimum(jnp.arange(count) * 256, 2048)
-        compiled = jax.jit(run).lower(q, k, v, cu).compile()
-        memory.append(compiled.memory_analysis().temp_size_in_bytes)
-        call = lambda cu=cu, compiled=compiled: jax.block_until_ready(compiled(q, k, v, cu))
-        seconds.append(min(timeit.repeat(call, number=1, repeat=5)))
-    slow = not HAS_GPU and seconds[1] > 6 * seconds[0]  # a GPU waits to learn what to skip
-    assert memory[1] < 1.2 * memory[0] and not slow, (memory, seconds)
-    for T in 64, 65, 700:
-        items = la._groups(T, 1, jnp.array([[0, T // 2]]), 64, 512)[1]
-        assert items.shape == la._groups(T, 1, None, 64, 512)[1].shape
+    assert 0 < products(128) <= products(17)
+
+    def temporaries(count):
+        def run(q, k, v, cu):
+            options = dict(cu_seqlens=cu, backend="xla", output_final_state=False)
+            return jax.vjp(lambda *qkv: lightning_attn(*qkv, 1, 2, **options)[0], q, k, v)[1](q)
+
+        x, cu = jnp.ones((1, 2048, 4, 64)), boundaries(count, 256, 2048)
+        compiled = jax.jit(run).lower(x, x, x, cu).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4096) < 1.2 * temporaries(16)
+
+    def chunks(T, cu):
+        with mock.patch.object(jax.lax, "scan", wraps=jax.lax.scan) as loop:
+            jax.eval_shape(scan, jnp.ones((1, T, 2, 8)), cu)
+        return loop.call_args.args[2].size // 7  # a work item per chunk
+
+    for T in 64, 65, 640:
+        assert chunks(T, jnp.array([[0, T // 2]])) == chunks(T, None) == -(-T // la.CHUNK)
 
 
 # Segments and plans -------------------------------------------------------------------------------
@@ -977,9 +986,11 @@ stacked = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
 )
 def test_vmap(path, precise, mapped, T):
     """Also of gradients, which share what vmap does not map, such as the cotangent of a sum."""
-    N, T = 2, T if T != "segments" else 1100 if path == "gpu" else 200
-    q, k, v, s0, do, ds = inputs(20, N * 2, T, 2, 1, 8, 8)
-    fold = lambda x: x.reshape(N, 2, *x.shape[1:])
+    # an operand of one row that is not mapped is not copied: kernels then get a stride of 0
+    N, rows = 2, 2 if T == 70 else 1
+    T = T if T != "segments" else 1100 if path == "gpu" else 200
+    q, k, v, s0, do, ds = inputs(20, N * rows, T, 2, 1, 8, 8)
+    fold = lambda x: x.reshape(N, rows, *x.shape[1:])
     g = -jnp.arange(4.0).reshape(N, 2) / 9
     args = dict(q=fold(q), k=fold(k), v=fold(v), s0=fold(s0), g=g)
     is_mapped = [n in mapped.split() for n in args]
@@ -988,7 +999,7 @@ def test_vmap(path, precise, mapped, T):
 
     def loss(q, k, v, s0, g):
         o, s = run_on(path, q, k, v, initial_state=s0, g_gamma=g)
-        return (o * do[:2]).sum() + (s * ds[:2]).sum(), (o, s)
+        return (o * do[:rows]).sum() + (s * ds[:rows]).sum(), (o, s)
 
     argnums = ALL_OPERANDS[:4] if path in INTERPRETED else ALL_OPERANDS
     grad = jax.jit(jax.grad(loss, argnums, has_aux=True))
@@ -1050,10 +1061,11 @@ def test_gradients_of_one_result(path, precise, what, cu):
 
 
 @each_path
-def test_second_derivatives(path, precise):
-    q, k, v, s0, do, ds = inputs(23, 1, 5, 2, 1, 3, 2)
-    at = q, k, v, s0, jnp.array([-0.1, -0.7])
-    along = (*inputs(29, 1, 5, 2, 1, 3, 2)[:4], jnp.array([0.3, -1.2]))
+@parametrize("Hk", [1, 2])
+def test_second_derivatives(path, precise, Hk):
+    q, k, v, s0, do, ds = inputs(23, 1, 5, 4, Hk, 3, 2)
+    at = q, k, v, s0, jnp.array([-0.1, -0.7, 0, -0.3])
+    along = (*inputs(29, 1, 5, 4, Hk, 3, 2)[:4], jnp.array([0.3, -1.2, -0.5, 0.7]))
     dot = lambda xs, ys: sum(jnp.vdot(x, y) for x, y in zip(xs, ys))
 
     def second(f):
@@ -1081,8 +1093,6 @@ def test_other_transforms(path, precise):
     if path == "xla":
         with jax.disable_jit():
             assert_close(f(q, k, v, s0), want)
-    if path not in INTERPRETED:  # a Python callback cannot be exported
-        assert_close(exported_and_back(f, q, k, v, s0), want)
     with jax.debug_nans(True):
         assert_close(jax.jit(f)(q, k, v, s0), want)
     assert_close(jax.jit(f, donate_argnums=3)(q, k, v, s0 + 0), want)
@@ -1526,6 +1536,23 @@ def test_heads_from_projections(sizes, H, Hk, what, kind, precise):
         assert all(size <= most or op == "all-reduce" for op, size in collectives(compiled)), most
 
 
+def test_axes_of_a_mesh():
+    """(size, step) of the axes that give devices these parts of an array, if such axes exist."""
+    axes = lambda *part: la._axes(np.array(part)[:, None])
+    assert axes(0, 0, 1, 1) == [(2, 1), (2, 0)] and axes(0, 2, 1, 3) == [(2, 1), (2, 2)]
+    assert axes(0, 1, 1, 0) is None and axes(0, 1, 2, 0) is None
+
+
+@wants_8_cpus
+def test_devices_add_up_in_float32():
+    """Key heads that devices share get the gradients, in 16 bits, that they get on one device."""
+    q, k, v, _, do, _ = inputs(33, 2, 40, 16, 2, 8, 8, "bfloat16")
+    f = jax.jit(lambda q, k, v, do: jax.vjp(lambda *x: of_layer_1(*x)[0], q, k, v)[1](do))
+    heads = P(None, None, "t")
+    args = put(mesh_of(AUTO, t=8), (heads, P(), P(), heads), (q, k, v, do))
+    assert_close(f(*args), f(q, k, v, do), 1e-3)
+
+
 @parametrize(
     "kind, shape, spec",
     [
@@ -1553,17 +1580,11 @@ def test_sharded_by_jit(precise, kind, shape, spec):
 
 @wants_8_cpus
 @each_axis_type
-@parametrize("what", ["numpy", "constants", "constraints"])
+@parametrize("what", ["numpy", "constants"])
 def test_a_mesh_that_is_set_and_arguments_that_are_not_committed(precise, kind, what):
     arrays = [np.asarray(x) for x in inputs(35, 8, 72, 4, 2, 8, 8)[:3]]
-
-    def f(*args):
-        if what == "constraints" and kind == AUTO:  # shardings of Explicit axes are types
-            args = (jax.lax.with_sharding_constraint(x, P("a", None, "b")) for x in args)
-        return of_layer_1(*args)
-
-    want = gradients_of(of_layer_1)(*arrays)
-    call = lambda: gradients_of(f)(*arrays)
+    call = lambda: gradients_of(of_layer_1)(*arrays)
+    want = call()
     with jax.set_mesh(mesh_of(kind, a=4, b=2)):
         assert_close((jax.jit(call) if what == "constants" else call)(), want, 1e-5)
 
@@ -1675,8 +1696,10 @@ def test_no_tracer_leaks_and_no_constants(precise):
 def test_kernels_in_a_shard_map_of_tokens_and_heads(precise):
     """On a CPU in the interpreter."""
     path = "gpu" if HAS_GPU else "interpreter"
-    q, k, v, s0, *_ = inputs(32, 1, 64, 4, 2, 8, 8)
-    g, tokens, state = -0.05 * jnp.arange(4), P(None, "t", "h"), P(None, "h")
+    # 161 tokens of a device are splits of 96 and 65, and the last chunk has one token: at g = -3
+    # the chunk before it still weighs 5 %
+    q, k, v, s0, *_ = inputs(32, 1, 322, 4, 2, 8, 8)
+    g, tokens, state = -1.0 * jnp.arange(4), P(None, "t", "h"), P(None, "h")
     whole = lambda q, k, v, s0, g, **kw: run_on(
         path, q, k, v, initial_state=s0, g_gamma=g, reverse=True, **kw
     )
@@ -1889,7 +1912,7 @@ def wrong_calls():
             yield param(change, error, (argument, words), id=named)
 
 
-@parametrize("change, kind, words", wrong_calls())
+@parametrize("change, kind, words", [*wrong_calls()])
 def test_wrong_calls(change, kind, words):
     x = lambda *shape: np.ones(shape, "float32")
     operands = dict(query=x(2, 8, 4, 16), key=x(2, 8, 2, 16), value=x(2, 8, 2, 16))
@@ -2043,13 +2066,15 @@ def test_versions_agree():
 
 
 @wants_triton
+@parametrize("H", [64, 2**17], ids=["rows", "tokens"])
 @parametrize("arch, T", [("sm_90", 140), ("sm_80", 140), ("sm_80", 1)])
-def test_offsets_past_2_31(arch, T):
+def test_offsets_past_2_31(arch, T, H):
     """The last program of arrays of 2^32 elements stays inside of them and writes its own rows.
 
-    The arrays are `Endless`: nothing so large is made.
+    The arrays are `Endless`: nothing so large is made. Many heads put the tokens of a row that far
+    apart.
     """
-    B, H, D = 2**32 // (T * 64 * 128) + 1, 64, 128
+    B, D = 2**32 // (T * H * 128) + 1, 128
     x = jax.ShapeDtypeStruct((B, T, H, D), "bfloat16")
     s0 = jax.ShapeDtypeStruct((B, H, D, D), "float32")
     f = lambda q, k, v, s0: lightning_attn(q, k, v, 3, 8, initial_state=s0, backend="triton")[0]
@@ -2067,6 +2092,9 @@ def test_offsets_past_2_31(arch, T):
     s, o = (p.array.written for p in pointers[-2:])
     assert {at // D for at in o} == {((B - 1) * T + t) * H + H - 1 for t in range(T)}
     assert {at // D**2 for at in s} == {B * H - 1}
+    # descriptors count rows in int32
+    past = la._config(arch, 132, D, D, np.dtype("float16"), 2**31 // T + 1, H, T, 1, False)
+    assert past.kernel is la._chunk_scan_kernel
 
 
 @wants_triton
@@ -2533,8 +2561,8 @@ def interpreted_call(
     flat = lambda x: Pointer(x.reshape(-1))
 
     def launch(*arrays):
-        arrays = [aligned(np.asarray(x)) for x in arrays]
-        out = [aligned(np.full(x.shape, np.nan, x.dtype)) for x in leaves]  # unwritten parts show
+        arrays = [guarded(np.asarray(x)) for x in arrays]
+        out = [guarded(np.full(x.shape, np.nan, x.dtype)) for x in leaves]  # unwritten parts show
         for i, o in (in_place or {}).items() if shares_memory else ():
             out[o] = arrays[i]
         LAUNCHED.add((kernel.fn.__name__, grid[0]))
@@ -2549,6 +2577,7 @@ def interpreted_call(
                 sums = InterpretedFunction(triton.language.sum.fn).rewrite()
                 m.setattr(triton.language, "sum", sums)
                 kernel[grid](*map(Host, (*arrays, *out)), **constants)
+        assert all(map(has_its_guards, (*arrays, *out))), f"{kernel.fn.__name__} wrote outside"
         return tuple(out)
 
     operands = [x.base if is_descriptor else x for x, is_descriptor in zip(args, is_described)]
@@ -2581,13 +2610,23 @@ def teach_the_interpreter_bfloat16():
     builder.create_dot, builder.create_fp_trunc = dot, fp_trunc
 
 
-def aligned(x):
-    """A copy of `x` that starts at a multiple of 64 bytes, as GPU arrays do."""
-    raw = np.empty(x.nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
+GUARD = 2**18  # bytes on each side of an array that a kernel gets
+
+
+def guarded(x):
+    """A copy of `x` that starts at a multiple of 64 bytes, as GPU arrays do. Bytes of 255 lie on
+    both sides: a kernel that reads them gets NaN."""
+    raw = np.full(x.nbytes + 2 * GUARD + 64, 255, np.uint8)
+    start = GUARD + -raw.ctypes.data % 64
     out = raw[start:][: x.nbytes].view(x.dtype).reshape(x.shape)
     out[...] = x
     return out
+
+
+def has_its_guards(x):
+    """Whether the bytes beside an array from `guarded` are as they were."""
+    start = x.ctypes.data - x.base.ctypes.data
+    return (x.base[:start] == 255).all() and (x.base[start + x.nbytes :] == 255).all()
 
 
 class Host:
@@ -2617,8 +2656,9 @@ def emulate(kernel, module, programs, arrays, constants):
             names[name] = types.FunctionType(f.fn.__code__, names, name, f.fn.__defaults__)
     names["range"] = lambda *bounds: map(tensor_of_index, range(*map(int, bounds)))
     for program in programs:
-        names["gl"] = names["tl"] = names["hopper"] = Machine(program)
+        names["gl"] = names["tl"] = names["hopper"] = machine = Machine(program)
         names[kernel.fn.__name__](*arrays, **constants)
+        assert not any(bar.copies for bar in machine.bars), "copies that nobody waited for"
 
 
 class Tensor(np.ndarray):
@@ -2707,10 +2747,11 @@ class Machine:
     BlockedLayout = DotOperandLayout = SliceLayout = no_layout
     NVMMADistributedLayout = NVMMASharedLayout = no_layout
     debug_barrier = fence_async_shared = barrier = lambda self: None
+    invalidate = lambda self, bar: None  # its copies are checked when the program ends
 
     def __init__(self, program):
-        self.program, self.products, self.mbarrier, self.tma = program, [], self, self
-        Machine.now = self
+        self.program, self.products, self.bars = program, [], []
+        self.mbarrier = self.tma = Machine.now = self
 
     program_id = lambda self, _: tensor_of_index(self.program)
     arange = lambda self, a, b, layout=None: tensor(np.arange(a, b), np.int32)
@@ -2748,13 +2789,11 @@ class Machine:
 
     def allocate_mbarrier(self, batch):
         bars = [types.SimpleNamespace() for _ in range(batch)]
+        self.bars += bars
         return types.SimpleNamespace(index=bars.__getitem__)
 
     def init(self, bar, count):
         bar.phases, bar.bytes, bar.copies = 0, 0, []
-
-    def invalidate(self, bar):
-        assert not bar.copies, "copies that nobody waited for"
 
     def expect(self, bar, size):
         assert not bar.copies and not bar.bytes
