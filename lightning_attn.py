@@ -1,3 +1,4 @@
+# type: ignore  # Types are for callers: checkers cannot follow what Triton compiles.
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The lightning-attn-jax authors. Licensed under the Apache License, Version 2.0
 # (http://www.apache.org/licenses/LICENSE-2.0). Distributed on an "AS IS" BASIS, WITHOUT WARRANTIES
@@ -44,8 +45,8 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.extend
@@ -59,10 +60,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 __version__ = "0.1.0"
 
-# Plain JAX needs the first range, the kernels need the others.
+# Plain JAX needs the first range, the kernels need the others. When a new version breaks the file,
+# look at what is private or young:
+# - jax-triton: `_in_place` binds its primitive; the rule for dead code below ends with 0.4.2.
+# - JAX: `_to_xla_hlo_sharding` in `_parts`, custom_partitioning and what `_lower_partitioned`
+#   catches, `manual_axis_type` in `_varying`, auto_axes, auto_pcast, abstract_device.
+# - Triton: Gluon in `_hopper_kernel`; ptxas in `_unpack_flags`.
+# - XLA on CPUs: the selects and barriers of `_scan_xla` (jax 0.12.0.1).
 _JAX = ">=0.10.2"
-_KERNELS = {"jax": ">=0.11.1,<0.13", "jax-triton": ">=0.4.1,<0.5", "triton": ">=3.7,<3.10"}
-_HOPPER = ">=3.8,<3.10"  # the Triton of `_hopper_kernel`
+_KERNELS = {"jax": ">=0.11.1,<0.13", "jax-triton": ">=0.4.1,<0.5", "triton": ">=3.8,<3.10"}
 _INSTALL = "pip install " + " ".join(f"'{name}{versions}'" for name, versions in _KERNELS.items())
 _NEEDS = f"They need Linux, Python >= 3.12 and: {_INSTALL}"
 
@@ -100,7 +106,6 @@ except Exception as error:
 _SLOW = "lightning_attn: GPUs take the plain-JAX path, which is many times slower, because "
 if _unfit:
     warnings.warn(f"{_SLOW}the kernels cannot run: {_unfit}. {_NEEDS}")
-_HAS_HOPPER = triton is not None and hasattr(hopper.tma, "async_load")  # Triton 3.7 lacks it
 if triton and _fits(_found["jax"], ">=0.12") and _found["jax-triton"] == "0.4.1":
     # jax 0.12 hands a rule for dead code three arguments, jax-triton 0.4.1's takes two.
     partial_eval.dce_rules[jax_triton.triton_lib.triton_kernel_call_p] = lambda used, live, eqn: (
@@ -111,23 +116,14 @@ if triton and _fits(_found["jax"], ">=0.12") and _found["jax-triton"] == "0.4.1"
 __all__ = ["lightning_attn", "lightning_attn_reference", "lightning_g_gamma"]
 
 
-# Types for callers. Checkers cannot follow what Triton compiles: they report nothing of this file.
-# mypy: ignore-errors
-# pyright: basic, reportArgumentType=false, reportAssignmentType=false
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportMissingImports=false, reportOptionalMemberAccess=false
-# pyright: reportOptionalSubscript=false, reportPossiblyUnboundVariable=false
 Array = jax.Array | np.ndarray
 Integer = int | np.integer | Array
 Real = float | np.floating | Integer
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 
-
-def _promotes(f: _F) -> _F:
-    """`f`, in which ranks, dtypes and varying axes are promoted, whatever jax_numpy_rank_promotion,
-    jax_numpy_dtype_promotion and jax_auto_pcast ask of the caller's code. JAX calls back the rules
-    of a transformation when the caller's settings hold again, so each rule is marked as well."""
+def _promotes(f):
+    """Runs f under JAX's default promotion rules, whatever the caller set. JAX calls the rules of a
+    transformation when the caller's settings hold again, so each rule is marked as well."""
 
     @functools.wraps(f)
     def promotes(*args, **kwargs):
@@ -138,7 +134,7 @@ def _promotes(f: _F) -> _F:
         ):
             return f(*args, **kwargs)
 
-    return cast(_F, promotes)
+    return promotes
 
 
 # The API -----------------------------------------------------------------------------------------
@@ -163,80 +159,63 @@ def lightning_attn(
 ) -> tuple[jax.Array, jax.Array | Any]:  # Any: None if that is False
     """Lightning attention: o_t = scale q_t S_t, where S_t = e^g S_{t-1} + k_t v_t^T.
 
-    See arXiv:2307.14995, arXiv:2401.04658 and arXiv:2501.08313. Works under jit, grad (to any
-    order), vmap, scan, remat, export and sharding. Differentiable with respect to `query`, `key`,
-    `value`, `softmax_scale`, `initial_state` and `g_gamma`; both results may carry gradients.
-    Derivatives are reverse mode only: `jax.jvp`, `jax.jacfwd` and the function that `jax.linearize`
-    returns raise.
+    See arXiv:2307.14995, arXiv:2401.04658 and arXiv:2501.08313. Works under jit, grad (reverse
+    mode, to any order), vmap, scan, remat, export and sharding. A token reads itself and tokens
+    before it or, with `reverse`, after it. Use `cu_seqlens` to separate sequences and padding: there is no
+    `mask`, no `segment_ids` and no `is_causal`.
 
-    Use `cu_seqlens`, not `mask` or `segment_ids`, to separate sequences and padding. Every call is
-    causal, without `causal` or `is_causal`: a token reads itself and tokens before it or, with
-    `reverse`, after it. The scale is called `softmax_scale`, not `scale`.
-
-    `jax.export` takes backend="xla" for symbolic shapes, for several platforms, and on a machine
-    without the GPU. The batch, `seq_len`, known to be 64 or more, and the number of boundaries,
-    known to be 2 or more, may be symbolic. A jit over sharded arrays cannot be exported, because
-    JAX cannot serialize its partitioning: export a `jax.shard_map` instead.
+        output, final_state = lightning_attn(q, k, v, g_gamma=g, initial_state=state)
 
     Args:
       query: [batch, seq_len, num_heads, qk_head_dim], float32, bfloat16 or float16. In x64 mode
-        also float64, which takes plain JAX, even with backend="triton". Head dims are 1 to 512,
-        `seq_len` is 0 to 2**30.
+        also float64, which takes plain JAX. Head dims are 1 to 512, `seq_len` is 0 to 2**30.
       key: [batch, seq_len, num_kv_heads, qk_head_dim], in the dtype of `query`. `num_kv_heads`
-        divides `num_heads`; query head h reads key and value head
-        h // (num_heads / num_kv_heads).
+        divides `num_heads`; query head h reads key and value head h // (num_heads / num_kv_heads).
       value: [batch, seq_len, num_kv_heads, v_head_dim], in the dtype of `query`.
       layer_idx, num_layers: integers, possibly traced: the layer, counted from 0, and the number of
-        layers. Head h gets the log decay g = -(8 / num_heads) (1 - layer_idx / num_layers) h. Leave
-        both out to give `g_gamma` instead. Values that are traced, or on a device while something
-        is traced, cannot be checked: with layer_idx >= num_layers every decay is clipped to 0.
-        Inside a `jax.shard_map` that splits the heads, the formula would number each device's heads
-        from 0. There, give each device its part of `lightning_g_gamma(num_heads of all devices,
-        ...)` as `g_gamma`.
+        layers. Head h gets the log decay g = -(8 / num_heads) (1 - layer_idx / num_layers) h, or 0
+        if a traced layer is past the last. Leave both out to give `g_gamma` instead, as a
+        `jax.shard_map` over heads must: it would number each device's heads from 0.
       softmax_scale: scale of the outputs, 0 or a normal number of float32; None means
-        qk_head_dim ** -0.5. Each number compiles a program of its own. A traced scale is not
-        checked. It has a gradient, and multiplies `query` first, in the dtype of `query`.
+        qk_head_dim ** -0.5. Each number compiles a program of its own. A traced scale has a
+        gradient. It multiplies `query` first, in the dtype of `query`.
       initial_state: [n, num_heads, qk_head_dim, v_head_dim], floating: the states that the
         sequences start from. n is the batch or the number of packed sequences. None means zeros.
       reverse: a static bool. True runs from the last token to the first: `initial_state` enters at
         the end, and `final_state` is left at the start.
       cu_seqlens: [num_seqs + 1] integers, concrete or traced: boundaries, from 0 up, of sequences
         that are packed in a batch of 1. Equal neighbours are an empty sequence. Tokens past the
-        last boundary belong to no sequence: their outputs and gradients are 0, whatever they hold.
-        Traced boundaries cannot be checked: lengths instead of boundaries pass in silence. They may
-        start after 0, and tokens before them belong to no sequence. Of boundaries that decrease or
-        lie outside of the tokens nothing is promised, except that no kernel leaves its arrays.
+        last boundary, and before a traced first boundary, belong to no sequence: their outputs and
+        gradients are 0, whatever they hold. Traced boundaries cannot be checked. No kernel leaves
+        its arrays whatever they hold; nothing else is promised of boundaries that decrease or lie
+        outside of the tokens.
       g_gamma: [num_heads], log decay per token in nats, <= 0, possibly traced. Values above 0 raise
         if they are concrete. Otherwise they count as 0, and their gradient is 0.
       backend: None picks when the computation is lowered: Triton for cuda and rocm, plain JAX for
         everything else and for GPUs older than sm_80. "triton" and "xla" force one of the two, and
-        "triton" raises on older GPUs.
+        "triton" raises on older GPUs. An export of symbolic shapes, for several platforms, or over
+        a mesh without devices takes "xla".
       seq_axis: name of a `jax.shard_map` mesh axis, or a tuple of names, over which `seq_len` is
-        split evenly, in order: one sequence on many devices. Only states cross it, never tokens.
-        `initial_state` and `final_state` are those of the whole sequence.
+        split evenly, in order. Only states cross it. Both states are those of the whole sequence.
       output_final_state: a static bool. False returns None for the final state, and saves its time
-        and memory. A caller that ignores the final state does not save them.
+        and memory.
 
     Returns:
       output: [batch, seq_len, num_heads, v_head_dim], in the dtype of `query`.
-      final_state: [n, num_heads, qk_head_dim, v_head_dim], float32 (float64 for float64 inputs). In
-        a decode step on a GPU, seq_len 1 with an `initial_state` that the caller donates or carries
-        through a loop, the final state takes the memory of the initial state.
+      final_state: [n, num_heads, qk_head_dim, v_head_dim], float32 (float64 for float64 inputs). On
+        a GPU it takes the memory of an `initial_state` that the caller donates or carries through a
+        loop, unless the sequence is so long that it is cut into segments.
 
     Accuracy: states, decays and sums are float32. float32 inputs follow
-    `jax.default_matmul_precision`: TF32 by default on GPUs, float32 for "high" and "highest".
-    Gradients have the dtype of their argument: those of a float16 `initial_state` round to 0 for
-    heads with g below -12 or so. The error of each head's gradient is at most 2e-3 for float32 at
-    "highest", and 1e-2 for 16 bits and TF32, relative to the gradient or, if the gradient's terms
-    cancel, to the root of the sum of their squares. The gradient of `g_gamma` is float32
-    throughout. It takes one more scan, in plain JAX on any backend, which does not run unless
-    somebody differentiates `g_gamma`. With float16 inputs, states and scaled scores, q_i.k_j times
-    `softmax_scale`, round to float16 before they are multiplied, and overflow there past 65504.
-
-    An eager call waits for the device, because it reads `g_gamma` and `cu_seqlens` to check them.
+    `jax.default_matmul_precision`: TF32 by default on GPUs, float32 for "high" and "highest". The
+    error of each head's gradient is at most 2e-3 for float32 at "highest", and 1e-2 for 16 bits and
+    TF32, relative to the gradient or, if the gradient's terms cancel, to the root of the sum of
+    their squares. With float16 inputs, states and scaled scores round to float16 before they are
+    multiplied, and overflow past 65504.
 
     Raises:
       TypeError, ValueError: before anything runs. Messages name what is expected and what came.
+        Values are checked where they are concrete, for which an eager call waits for the device.
     """
     q, k, v = _qkv(query, key, value)
     g = _log_decays(q, layer_idx, num_layers, g_gamma)
@@ -344,10 +323,10 @@ class _WorkItem(NamedTuple):
 
     first: Any  # token
     tokens: Any  # number of tokens; -1: no work
-    valid: Any  # number of tokens that belong to a sequence: all or none
+    valid: Any  # `tokens`, or 0 if they belong to no sequence
     sequence: Any  # -1: none
-    items_before: Any  # items of the interval before this item in scan order; plain JAX: of tokens
-    items_after: Any  # items of the interval after this item, likewise
+    items_before: Any  # how many items of its interval come before it, in scan order
+    items_after: Any  # and after it. `_scan_xla` counts both in the order of the tokens
     slot: Any  # of a segment: how many segments with a successor come before it
 
 
@@ -412,7 +391,8 @@ def _batched_work_items(T, cu_seqlens, *static):
 # What it computes: the scan in plain JAX ----------------------------------------------------------
 #
 # Internally each batch row holds n sequences, one after another; n is 1 for a plain batch. The op
-# is a scan over them:
+# is a scan over them. That a head's decay is the same for all tokens is used by the powers of
+# e^g, the splits that vanish, state passing, `_decay_gradient` and `seq_axis`.
 #
 #     _scan(op, operands) -> o [B, T, H, V], s [B, n, H, K, V] | None, o2 [B, T, H, K] | None
 #
@@ -430,15 +410,17 @@ CHUNK, GROUP = 64, 512  # tokens per chunk if head dims are at most 64; tokens p
 
 @dataclasses.dataclass(frozen=True)
 class _Op:
-    scale: float  # of scores, and of what queries read of the state or, after_read, of what enters
+    scale: (
+        float  # of scores, and of what queries read of the state or, after_read, of what keys add
+    )
     reverse: bool
     backend: str | None
     precision: Any  # jax.default_matmul_precision at the call
     after_read: bool = False  # the state decays after it is read, not before a token is added
     only_state: bool = False  # o is None
     final_state: bool = True  # False: s is None
-    o_group: int = 1  # so many neighboring heads of o are summed, and of o2
-    o2_group: int = 1
+    o_group: int = 1  # neighboring heads of o that are summed into one
+    o2_group: int = 1  # of o2, likewise
     name: str = "forward"  # in profiles
 
     def adjoint(self):
@@ -554,13 +536,18 @@ def _scan_xla(op, x, do=None, ds=None):
         # Without the barrier XLA takes a power for each number that the decays multiply.
         powers = lax.optimization_barrier(tuple(_power(g, a[..., None]) for a in exponents))
         q_decay, k_decay, s_decay = powers  # [B | 1, N, H, C, 1] twice, [B | 1, N, H, 1, 1]
+        # 1. What each chunk adds to the state.
         Z = dot("bchjk,bchjv->bchkv", ks * (scale_k * k_decay), vs)
+        # 2. States pass from chunk to chunk.
         before, after = item.items_before, item.items_after
         before, after = (after, before) if op.reverse else (before, after)
         entering = states_of_sequences(x.s0) if varlen else None
         S_in, S_out = _pass_states(op, before == 0, s_decay, Z, entering, S)
         S = S_out[:, 0 if op.reverse else N - 1]
         ends = (item.valid > 0) & (after == 0)
+        if s is not None:
+            s = _put_rows(s, jnp.where(ends, item.sequence, n), S_out)
+        # 3. Queries read the keys of their chunk and the state before it.
         if do is not None:
             # The selects change no sum. They keep XLA on CPUs (jax 0.12.0.1) from fusing a sum with
             # a product of matrices, which would read memory that nothing has written.
@@ -569,8 +556,6 @@ def _scan_xla(op, x, do=None, ds=None):
             if varlen and ds is not None:
                 last = jnp.where(ends[..., None, None, None], S_out, 0)
                 total += (last * states_of_sequences(ds)).sum((1, 3, 4))
-        if s is not None:
-            s = _put_rows(s, jnp.where(ends, item.sequence, n), S_out)
         o = o if o is None else store(o, outputs(qs, ks, vs, q_decay, S_in))
         o2 = o2 if o2 is None else store(o2, outputs(q2s, vs, ks, q_decay, _transposed(S_in)))
         return (S, s, o, o2, total), None
@@ -672,7 +657,7 @@ def _attend(op, x):
     """The scan with its gradients. Outside of shard_map a symbolic zero tells the gradients that a
     result is not used. shard_map does not know symbolic zeros: zeros come instead."""
     inside = jax.sharding.get_abstract_mesh().manual_axes
-    return (_attend_local if inside else _attend_anywhere)(op, x)
+    return (_attend_inside if inside else _attend_outside)(op, x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -707,9 +692,10 @@ def _attend_bwd(op, saved, cotangents):
     return jax.vjp(functools.partial(_two_scans, op), x)[1](jax.tree.map(zeros, cotangents))
 
 
-_attend_anywhere, _attend_local = (jax.custom_vjp(_forward, nondiff_argnums=(0,)) for _ in range(2))
-_attend_anywhere.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
-_attend_local.defvjp(lambda op, x: (_attend(op, x), (x, ())), _attend_bwd)
+# outside of shard_map, and inside
+_attend_outside, _attend_inside = (jax.custom_vjp(_forward, nondiff_argnums=(0,)) for _ in range(2))
+_attend_outside.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+_attend_inside.defvjp(lambda op, x: (_attend(op, x), (x, ())), _attend_bwd)
 
 
 def _two_scans(op, x):
@@ -732,7 +718,8 @@ def _gradients_by_scans(op, x, wants_dg, do, ds):
     if do is None:
         do = jnp.zeros((*x.q.shape[:2], x.g.shape[1], x.v.shape[3]), x.v.dtype)
     # The scans sum over the heads that share a head of q, k or v, because a scan knows the heads of
-    # its device. The compiler adds up devices in a shard_map, and where all share one head.
+    # its device. In a shard_map, or with one shared head, results keep all H heads, and
+    # `_sum_heads` sums them below.
     H, inside = x.g.shape[1], jax.sharding.get_abstract_mesh().manual_axes
     group_of = lambda heads: 1 if inside or heads == 1 else H // heads
     q_group, k_group, v_group = (group_of(a.shape[2]) for a in x[:3])
@@ -838,7 +825,8 @@ class _Params(NamedTuple):
     g_stride: Any = 0  # decays from one batch row to the next, or 0
     sequences: Any = 1  # per batch row
     length: Any = 0  # tokens per work item
-    items: Any = 1  # work items per batch row; in `_state_passing_kernel` walks per batch row
+    items: Any = 1  # work items per batch row
+    walks: Any = 1  # of `_state_passing_kernel`, per batch row
     items_stride: Any = 0  # numbers from the work items of one batch row to the next, or 0
     splits: Any = 0  # per batch row, of segments with a successor; for `only_state` of all segments
     splits_per_segment: Any = 1
@@ -858,8 +846,8 @@ class _Work(NamedTuple):
 @_kernel
 def _unpack_flags(flags):
     """The bits of `_Flags`, each 0 or 1."""
-    # The mix of & and % is deliberate, because ptxas places spills and loads by such details. With
-    # four % head dims above 128 take longer, with four & short sequences in float32 do.
+    # Measured with Triton 3.9, not explained: with four % head dims above 128 take longer, with
+    # four & short sequences in float32 do.
     return flags & 1, flags // 2 % 2, flags // 4 % 2, flags // 8 % 2
 
 
@@ -933,7 +921,7 @@ def _key_decays(g2, scale_k, tokens, rank, after_read):
 
 
 @_kernel
-def _load_initial_state(
+def _load_state(
     S, s_in, s0, ck, cv, work, swapped, g_length,
     K: tl.constexpr, V: tl.constexpr, SEGMENTED: tl.constexpr, HAS_S0: tl.constexpr,
 ):  # fmt: skip
@@ -1009,6 +997,7 @@ def _chunk_state_kernel(
     rank = (C - 1) * reverse + direction * tl.arange(0, C)
     _, scale_k = _scales(p.scale, after_read)
     chunks = (work.item.tokens + C - 1) // C
+    # + 1, because the last chunk may hold one token
     live = tl.ceil(1.0 / tl.minimum(g2, -1e-6) * VANISHED / C) + 1
     live = tl.minimum(live, chunks * 1.0).to(tl.int32)
     S = tl.full([BV, BK], 0.0, tl.float32)
@@ -1041,16 +1030,16 @@ def _state_passing_kernel(
     i = tl.program_id(0)
     tile, i = i % NE, i // NE
     h, i = i % p.H, i // p.H
-    item, b = i % p.items * SPLITS, (i // p.items).to(tl.int64)
+    item, b = i % p.walks * SPLITS, (i // p.walks).to(tl.int64)
     segments = p.splits // SPLITS
     if IS_VARLEN:  # only the program of a sequence's first segment walks
         at = work_items + b * p.items_stride + item * 7
         tokens, before, after = tl.load(at + 1), tl.load(at + 4), tl.load(at + 5)
         segments = tl.where((tokens < 0) | (before > 0), 0, (after + 1) // SPLITS)
     g_length = (tl.load(g + b * p.g_stride + h) * LOG2_E).to(tl.float32) * p.length
-    same = states.to(tl.int64, bitcast=True) == s_in.to(tl.int64, bitcast=True)
-    if (g_length <= VANISHED) & same:
-        return  # nothing survives a split: the state after a segment is that of its last split
+    in_place = states.to(tl.int64, bitcast=True) == s_in.to(tl.int64, bitcast=True)
+    if (g_length <= VANISHED) & in_place:
+        return  # nothing survives a split: the last split of a segment holds the result already
     j, e = tl.arange(0, SPLITS)[:, None], tile * BE + tl.arange(0, BE)
     offset = ((b * p.splits + item) * p.H + h) * E
     stride = tl.full([], p.H * E, tl.int64)
@@ -1112,9 +1101,7 @@ def _chunk_scan_kernel(
         ck = k_column + tl.arange(0, BK)[None, :]
         cv = v_column + tl.arange(0, BV)[:, None]
         S = tl.full([BV, BK], 0.0, tl.float32)
-        S = _load_initial_state(
-            S, s_in, s0, ck, cv, work, swapped, g2 * p.length, K, V, SEGMENTED, HAS_S0
-        )
+        S = _load_state(S, s_in, s0, ck, cv, work, swapped, g2 * p.length, K, V, SEGMENTED, HAS_S0)
         for c in range((work.item.tokens + C - 1) // C):
             m = tl.minimum(work.item.tokens - c * C, C)
             t = (work.item.tokens - C) * reverse + direction * C * c
@@ -1144,14 +1131,14 @@ def _chunk_scan_kernel(
 # copy through shared memory before it starts the next. This kernel overlaps them. The schedule of
 # one chunk:
 #
-#     loads     The tensor memory accelerator (TMA) fills a ring of STAGES >= 2 buffers, and runs up
+#  1. loads     The tensor memory accelerator (TMA) fills a ring of STAGES >= 2 buffers, and runs up
 #               to STAGES - 1 chunks ahead. An mbarrier per buffer says when the buffer is full. The
 #               buffer of a chunk is filled again during the next chunk, after a `gl.barrier` that a
 #               warp reaches only when it has waited for the products of the chunk.
-#     products  The scores P = k q^T and what queries read of the state, O = S^T q^T, start
+#  2. products  The scores P = k q^T and what queries read of the state, O = S^T q^T, start
 #               together. P is decayed and stored while O is summed. Then O += v^T P and
 #               S' = e^{g m} S + v^T k start together.
-#     outputs   O is transposed in shared memory, so that stores are coalesced, and is stored while
+#  3. outputs   O is transposed in shared memory, so that stores are coalesced, and is stored while
 #               S' is summed.
 #
 # Each warp owns 16 rows of S^T, o^T and o2^T. If FUSED, the kernel also scans with the transposed
@@ -1325,6 +1312,9 @@ def _hopper_kernel(
 ):  # fmt: skip
     """The chunk scan by the schedule above. qd, kd, vd and q2d are descriptors of the operands as
     [B T, heads, head dim]."""
+    # 4 warps of 16 rows hold the scores of 64 keys; chunks of 128 tokens overflow shared memory
+    gl.static_assert(C == 64 and (BV == 64 or BV == 128) and (BK == 64 or BK == 128))
+    gl.static_assert(BK == BV or not FUSED)
     WARPS: gl.constexpr = BV // 16  # `_config` launches as many
     # S^T [BV, BK]: 16 rows for each warp
     LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BK, 16])
@@ -1367,9 +1357,7 @@ def _hopper_kernel(
         ck = k_column + gl.arange(0, BK, gl.SliceLayout(0, LS))[None, :]
         cv = v_column + gl.arange(0, BV, gl.SliceLayout(1, LS))[:, None]
         S = gl.full([BV, BK], 0.0, gl.float32, LS)
-        S = _load_initial_state(
-            S, s_in, s0, ck, cv, work, swapped, g2 * p.length, K, V, SEGMENTED, HAS_S0
-        )
+        S = _load_state(S, s_in, s0, ck, cv, work, swapped, g2 * p.length, K, V, SEGMENTED, HAS_S0)
 
         # allocated in the loop, because loads and stores of S may use the same memory
         qb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BK], qd.layout)
@@ -1407,7 +1395,7 @@ def _hopper_kernel(
         keys: gl.constexpr = gl.SliceLayout(0, gl.DotOperandLayout(0, LS, 2))
         rank_k = first_rank + direction * gl.arange(0, C, keys)
         D, q_decay = _query_decays(g2, scale_q, p.scale, distance, rank_q, after_read)
-        k_decay = gl.exp2(g2 * (C - 1 - rank_k + after_read)) * scale_k
+        k_decay = _key_decays(g2, scale_k, C, rank_k, after_read)
         s_decay = gl.exp2(g2 * C)
         c, stage, phase = 0, 0, 0
         while c < (work.item.tokens + C - 1) // C:  # Triton's pipeliner would make `for` wait
@@ -1415,6 +1403,7 @@ def _hopper_kernel(
                 qb.index(stage).reshape([C, BK]), kb.index(stage).reshape([C, BK]),
                 vb.index(stage).reshape([C, BV]), q2b.index(stage).reshape([C, BV]),
             )  # fmt: skip
+            # 1. loads
             if c < loaded:
                 hopper.mbarrier.wait(full.index(stage), phase)
             # The load of a short last chunk brings tokens that are not of the sequence. Without
@@ -1440,6 +1429,7 @@ def _hopper_kernel(
                 _start_loads(
                     arrays, buffers, full, free, ahead, rows, heads, k_column, v_column, FUSED
                 )
+            # 2. products and 3. outputs
             decays = _Decays(D, q_decay, k_decay, s_decay)
             old = S  # not read if NK is 1
             if NK > 1:
@@ -1509,10 +1499,9 @@ def _step_kernel(
         tl.store(s + at, S * (decay if after_read > 0 else 1.0), mask=inside)
 
 
-# Their plan: pure functions of shapes -------------------------------------------------------------
+# Their plan, by shapes ----------------------------------------------------------------------------
 
 STATES_CHUNK = 64  # tokens per chunk of `_chunk_state_kernel`
-HOPPER_CHUNK = 64  # tokens per chunk of `_hopper_kernel`; `_config` assumes this value
 SEGMENT = 512  # tokens that a segment has at least: its state must cost less than they do
 # KiB of shared memory per program
 _SHARED_MEMORY = dict(
@@ -1522,10 +1511,10 @@ _SHARED_MEMORY = dict(
 
 @dataclasses.dataclass(frozen=True)
 class _Config:
-    """How the scan is launched. `_config` alone chooses it."""
+    """How the scan is launched, and the state kernel that goes before it."""
 
     kernel: Any  # `_hopper_kernel` or `_chunk_scan_kernel`
-    C: int  # tokens per chunk: at least 16, for the matrix units
+    C: int  # tokens per chunk
     BK: int  # columns of queries and keys per program
     BV: int  # columns of values per program
     num_warps: int
@@ -1533,6 +1522,10 @@ class _Config:
     programs_per_sm: int
     states_BK: int  # key columns per program of `_chunk_state_kernel`, beside 64 value columns
     states_stages: int  # chunks in flight there
+
+    def __post_init__(self):
+        tile = self.C, self.BK, self.BV
+        assert all(16 <= size <= 128 and size & (size - 1) == 0 for size in tile), tile
 
 
 def _config(arch, num_sms, K, V, dtype, B, H, T, n, fused):
@@ -1555,20 +1548,18 @@ def _config(arch, num_sms, K, V, dtype, B, H, T, n, fused):
         return BV
 
     # descriptors want rows of multiples of 16 bytes; short sequences waste most of a chunk
-    half = HOPPER_CHUNK // 2
-    fits = K % 8 == V % 8 == 0 and T >= HOPPER_CHUNK and length >= half and B * T < 2**31
+    fits = K % 8 == V % 8 == 0 and T >= 64 and length >= 32 and B * T < 2**31
     if arch == "sm_90" and itemsize == 2 and fits:
-        if _HAS_HOPPER:
-            BK = max(BK, 64)
-            BV = narrow(max(BV, 64), 64, 2 * SEGMENT - 1 if fused else 4 * SEGMENT)
-            stages = 2 if fused else 4
-            programs = 2 if BK == BV == 64 else 1  # by shared memory
-            warps = BV // 16  # 16 rows for each warp
-            return config(_hopper_kernel, HOPPER_CHUNK, BK, BV, warps, stages, programs)
-        warnings.warn(
-            "lightning_attn: this Hopper GPU runs the slower Triton kernel: found triton "
-            f"{triton.__version__}, and the kernel in Gluon needs: pip install 'triton{_HOPPER}'"
-        )
+        BK = max(BK, 64)
+        # The decays of MiniMax-01 choose these bounds: half of its heads live for 4096 tokens.
+        # Where programs of half the values fill two thirds of a GPU, they win for longer.
+        segments = 16 if 3 * B * n * H >= num_sms else 8
+        segments = 4 if K > 128 else segments
+        BV = narrow(max(BV, 64), 64, 2 * SEGMENT - 1 if fused else segments * SEGMENT)
+        stages = 2 if fused else 4
+        programs = 2 if BK == BV == 64 else 1  # by shared memory
+        warps = BV // 16  # 16 rows for each warp
+        return config(_hopper_kernel, 64, BK, BV, warps, stages, programs)
 
     def fit(C, BV, stages):
         """Whether tiles in flight, and what passes through shared memory, fit there. Triton itself
@@ -1603,23 +1594,24 @@ class _Segments:
     BV: int
 
 
-def _plan_segments(config, num_sms, itemsize, B, H, T, K, V, states_K, states_V, only_state):
+def _plan_segments(config, num_sms, itemsize, B, H, T, K, V, states_K, states_V, op, whole):
     """The `_Segments` of B rows of T tokens, for head dims K and V. `_chunk_state_kernel` sees them
-    as `states_K` and `states_V`, which may be swapped."""
+    as `states_K` and `states_V`, which may be swapped. `whole`: rows are not cut."""
     programs = B * H * -(-V // config.BV)
     # splits whose states take a seventh of the memory of q, k, v and o; the last segment has none
     most = itemsize * T * (K + V) // (14 * K * V)
     # as many segments as fill the GPU
     segments = max(1, min(num_sms * config.programs_per_sm // programs, T // SEGMENT, 1 + most))
+    segments = 1 if whole else segments
     BK, BV = min(_next_power_of_2(states_K), config.states_BK), min(_next_power_of_2(states_V), 64)
     tiles = -(-states_K // BK) * -(-states_V // BV)
     # Many splits, so that many programs sum the states of a head that never forgets in parallel: of
     # other heads most splits vanish. A power of two, because `tl.arange` counts a segment's splits.
     splits = min(8, 3 * num_sms // (B * segments * tiles), 2 * T // (segments * SEGMENT))
     splits = min(splits, most // max(1, segments - 1))
-    splits = 1 << max(1, splits).bit_length() - 1
+    splits = 1 << (max(1, splits).bit_length() - 1)
     split = -(-T // (segments * splits * config.C)) * config.C
-    if only_state:  # the last segment's state is wanted as well
+    if op.only_state:  # the last segment's state is wanted as well
         return _Segments(split, split, 1, _count_items(T, 1, split), BK, BV)
     return _Segments(split * splits, split, splits, _count_items(T, 1, split, splits), BK, BV)
 
@@ -1667,7 +1659,7 @@ def _in_place(call, arrays):
     # call is traced with separate outputs, and only its lowering learns of the sharing.
     jaxpr, out = jax.make_jaxpr(call, return_shape=True)(*arrays)
     (eqn,) = jaxpr.eqns
-    operands = dict(zip(jaxpr.jaxpr.invars, arrays, strict=True))
+    operands = dict(zip(jaxpr.jaxpr.invars, jax.tree.leaves(arrays), strict=True))
     aliases = type(eqn.params["input_output_aliases"])({0: 0})
     results = eqn.primitive.bind(
         *map(operands.get, eqn.invars), **eqn.params | {"input_output_aliases": aliases}
@@ -1706,7 +1698,7 @@ def _scan_triton(op, x, swapped=False):
     config = _config(arch, num_sms, K, V, x.q.dtype, B, H, T, n, fused)
     one_tile = max(K, V) <= config.BK == config.BV
     if fused and not (config.kernel is _hopper_kernel and one_tile):
-        # with g in B rows, each of the two scans has the B of the fused scan
+        # B is read off the operands: with g in B rows, a scan without q or q2 has B rows as well
         same_rows = x.q.shape[0] == x.q2.shape[0]
         x = x if same_rows else x._replace(g=jnp.broadcast_to(x.g, (B, H)))
         o, s, _ = _scan_triton(op, x._replace(q2=None))
@@ -1717,8 +1709,11 @@ def _scan_triton(op, x, swapped=False):
         return _launch_step(op, x, B)
     states_of = (x.v, x.k) if swapped else (x.k, x.v)
     states_K, states_V = (a.shape[3] for a in states_of)
+    # States that take their memory's place must not be read by two programs. The states of so many
+    # sequences cost more than the longest of the sequences could.
+    whole = _updates_state(op, x, B) and T <= n * H
     segments = _plan_segments(
-        config, num_sms, itemsize, B, H, T, K, V, states_K, states_V, op.only_state
+        config, num_sms, itemsize, B, H, T, K, V, states_K, states_V, op, whole
     )
     precision = _precision(op, arch)
     s_in = x.untouched
@@ -1781,7 +1776,7 @@ def _launch_states(op, config, segments, x, B, precision):
     return _launch(
         _state_passing_kernel, states, x.g, work_items,
         out=shape, in_place=True, programs=B * walks * H * -(-K * V // BE),
-        params=params._replace(items=walks),
+        params=params._replace(walks=walks),
         SPLITS=per_segment, E=K * V, BE=BE, IS_VARLEN=varlen, num_warps=4, num_stages=1,
     )  # fmt: skip
 
@@ -2009,24 +2004,20 @@ def _partition(op, dims, inside, mesh, operands, results):
 
 
 def _device_axes(parts, H, shared_heads, inside):
-    """Splits H heads, and the shared heads that they read, over devices that have `parts` of dims
-    of which the last is the heads. Returns the axes of the devices, whose steps have a column more,
-    for shared heads, and the numbers of heads and of shared heads of a device."""
+    """How devices split H heads and the heads that these share. `parts` [devices, dims] says which
+    part of each dim a device is to have; the last dim is the heads. Returns the mesh axes, in whose
+    steps shared heads are one more dim, and how many heads and shared heads a device gets."""
+    heads = 1 + int(parts[:, -1].max())  # parts of the heads
     whole_heads = parts * (np.arange(parts.shape[1]) < parts.shape[1] - 1)
-    count = 1 + int(parts[:, -1].max())
-    # Devices that share heads select the heads that they read by their number among the devices,
-    # which is not known in a shard_map.
-    for parts, count, shared_count in (
-        (parts, count, math.gcd(shared_heads, count)),
-        (parts, count, 1),
-        (whole_heads, 1, 1),
-        (0 * parts, 1, 1),
-    ):
-        selects = shared_count < min(shared_heads, count)
-        if H % count == 0 and not (selects and inside):
-            if axes := _axes(np.c_[parts, parts[:, -1] // (count // shared_count)]):
+    tries = (parts, heads, math.gcd(shared_heads, heads)), (parts, heads, 1), (whole_heads, 1, 1)
+    for tried, heads, shared in *tries, (0 * parts, 1, 1):
+        # Devices that share several heads select theirs by the number of the device among these
+        # devices. The number is not known in a shard_map.
+        selects = shared < min(shared_heads, heads)
+        if H % heads == 0 and not (selects and inside):
+            if axes := _axes(np.c_[tried, tried[:, -1] // (heads // shared)]):
                 break
-    return axes, H // count, shared_heads // shared_count
+    return axes, H // heads, shared_heads // shared
 
 
 def _parts(x, devices):
@@ -2333,11 +2324,6 @@ def _boundaries(cu_seqlens, q):
             raise ValueError(f"cu_seqlens: expected boundaries that do not decrease, got {known}")
         if isinstance(T, int) and value[-1] > T:  # of a symbolic length that is not known
             raise ValueError(f"cu_seqlens: expected boundaries up to seq_len, {T}, got {value[-1]}")
-        return array.astype(jnp.int32)
-    # Traced values past the end stay past the end as int32, and negative ones negative.
-    if jnp.iinfo(array.dtype).max > 2**31 - 1:
-        low, high = max(jnp.iinfo(array.dtype).min, -1), 2**31 - 1
-        array = jnp.clip(array, jnp.asarray(low, array.dtype), jnp.asarray(high, array.dtype))
     return array.astype(jnp.int32)
 
 
