@@ -161,8 +161,8 @@ def lightning_attn(
 
     See arXiv:2307.14995, arXiv:2401.04658 and arXiv:2501.08313. Works under jit, grad (reverse
     mode, to any order), vmap, scan, remat, export and sharding. A token reads itself and tokens
-    before it or, with `reverse`, after it. Use `cu_seqlens` to separate sequences and padding: there is no
-    `mask`, no `segment_ids` and no `is_causal`.
+    before it or, with `reverse`, after it. Use `cu_seqlens` to separate sequences and padding:
+    there is no `mask`, no `segment_ids` and no `is_causal`.
 
         output, final_state = lightning_attn(q, k, v, g_gamma=g, initial_state=state)
 
@@ -234,9 +234,9 @@ def lightning_attn(
     if axes is None:
         o, s, _ = _attend(op, _pcast(x, _varying(x)))
     else:
-        own = _varying(q, k, v)
-        qkv = _pcast((q, k, v), own | set(axes))
-        o, s = _attend_across(op, axes, _Operands(*qkv, x.g, _pcast(s0, own - set(axes))))
+        varying = _varying(q, k, v)
+        qkv = _pcast((q, k, v), varying | set(axes))
+        o, s = _attend_across(op, axes, _Operands(*qkv, x.g, _pcast(s0, varying - set(axes))))
     # not s[0]: the transpose of an index forgets an Explicit mesh axis of size 1
     return o, None if s is None else s.reshape(-1, *s.shape[2:])
 
@@ -1134,7 +1134,9 @@ def _chunk_scan_kernel(
 #  1. loads     The tensor memory accelerator (TMA) fills a ring of STAGES >= 2 buffers, and runs up
 #               to STAGES - 1 chunks ahead. An mbarrier per buffer says when the buffer is full. The
 #               buffer of a chunk is filled again during the next chunk, after a `gl.barrier` that a
-#               warp reaches only when it has waited for the products of the chunk.
+#               warp reaches only when it has waited for the products of the chunk. Each load costs
+#               a barrier: the loads start beside products or, if FUSED, before them, because two
+#               buffers leave no time.
 #  2. products  The scores P = k q^T and what queries read of the state, O = S^T q^T, start
 #               together. P is decayed and stored while O is summed. Then O += v^T P and
 #               S' = e^{g m} S + v^T k start together.
@@ -1161,32 +1163,28 @@ class _PerOperand(NamedTuple):
     q2: Any
 
 
-class _Decays(NamedTuple):
-    """How a chunk decays its scores, what queries read of the state, what keys add to the state,
-    and the state itself."""
-
-    D: Any
-    q: Any
-    k: Any
-    s: Any
-
-
 @_gluon
 def _start_loads(
-    arrays, buffers, full, stage, t, rows, heads, k_column, v_column, FUSED: gl.constexpr
-):
-    """Starts the loads of the chunk at t of the segment. The mbarrier counts their bytes."""
-    bar = full.index(stage)
-    bytes_qk: gl.constexpr = arrays.q.nbytes_per_cta + arrays.k.nbytes_per_cta
-    bytes_v_q2: gl.constexpr = arrays.v.nbytes_per_cta + (arrays.q2.nbytes_per_cta if FUSED else 0)
-    hopper.mbarrier.expect(bar, bytes_qk + bytes_v_q2)
-    q_at, k_at = [rows.q + t, heads.q, k_column], [rows.k + t, heads.k, k_column]
-    v_at, q2_at = [rows.v + t, heads.v, v_column], [rows.q2 + t, heads.q2, v_column]
-    hopper.tma.async_load(arrays.q, q_at, bar, buffers.q.index(stage))
-    hopper.tma.async_load(arrays.k, k_at, bar, buffers.k.index(stage))
-    hopper.tma.async_load(arrays.v, v_at, bar, buffers.v.index(stage))
-    if FUSED:
-        hopper.tma.async_load(arrays.q2, q2_at, bar, buffers.q2.index(stage))
+    arrays, buffers, full, c, first, last, t, rows, heads, k_column, v_column,
+    STAGES: gl.constexpr, FUSED: gl.constexpr,
+):  # fmt: skip
+    """Starts the loads of chunk c, at t of the segment, if c is one of first .. last. The mbarrier
+    counts their bytes."""
+    if (c >= first) & (c < last):
+        stage = c % STAGES
+        bar = full.index(stage)
+        bytes_qk: gl.constexpr = arrays.q.nbytes_per_cta + arrays.k.nbytes_per_cta
+        bytes_v_q2: gl.constexpr = arrays.v.nbytes_per_cta + (
+            arrays.q2.nbytes_per_cta if FUSED else 0
+        )
+        hopper.mbarrier.expect(bar, bytes_qk + bytes_v_q2)
+        q_at, k_at = [rows.q + t, heads.q, k_column], [rows.k + t, heads.k, k_column]
+        v_at, q2_at = [rows.v + t, heads.v, v_column], [rows.q2 + t, heads.q2, v_column]
+        hopper.tma.async_load(arrays.q, q_at, bar, buffers.q.index(stage))
+        hopper.tma.async_load(arrays.k, k_at, bar, buffers.k.index(stage))
+        hopper.tma.async_load(arrays.v, v_at, bar, buffers.v.index(stage))
+        if FUSED:
+            hopper.tma.async_load(arrays.q2, q2_at, bar, buffers.q2.index(stage))
 
 
 @_gluon
@@ -1198,8 +1196,9 @@ def _decayed_values(vs, k_decay, dtype: gl.constexpr, layout: gl.constexpr):
 
 @_gluon
 def _start_products(
-    x, scores, S, decays, LO: gl.constexpr, LP: gl.constexpr, K_BLOCKS: gl.constexpr
-):
+    x, scores, S, D, q_decay, k_decay, s_decay,
+    LO: gl.constexpr, LP: gl.constexpr, K_BLOCKS: gl.constexpr,
+):  # fmt: skip
     """Starts the products of a chunk. o^T and S'^T are still being summed when it returns, in this
     order. Also returns their operands in registers, to keep them alive until the wait."""
     C: gl.constexpr = x.k.shape[0]
@@ -1214,20 +1213,22 @@ def _start_products(
     P = hopper.warpgroup_mma(x.k, qt, zero_p, use_acc=False, is_async=True)  # [C, BK] x [BK, C]
     O = hopper.warpgroup_mma(Sb, qt, zero_o, use_acc=False, is_async=True)  # [BV, BK] x [BK, C]
     P = hopper.warpgroup_mma_wait(1, [P])  # O is still being summed
-    scores.store((P * decays.D).to(dtype))
+    scores.store((P * D).to(dtype))
     if K_BLOCKS:  # outputs of earlier K blocks fill registers: this wait frees those of Sb for v
         O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
-    vt, vw = _decayed_values(x.v, decays.k, dtype, AS)
+    vt, vw = _decayed_values(x.v, k_decay, dtype, AS)
     vt = gl.convert_layout(vt, AO)
     O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])  # before O is scaled
     gl.barrier()  # all warps have stored their scores (the compiler fences them)
-    O = hopper.warpgroup_mma(vt, scores, O * decays.q[None, :], is_async=True)  # [BV, C] x [C, C]
-    S = hopper.warpgroup_mma(vw, x.k, S * decays.s, is_async=True)  # [BV, C] x [C, BK]
+    O = hopper.warpgroup_mma(vt, scores, O * q_decay[None, :], is_async=True)  # [BV, C] x [C, C]
+    S = hopper.warpgroup_mma(vw, x.k, S * s_decay, is_async=True)  # [BV, C] x [C, BK]
     return O, vt, S, vw
 
 
 @_gluon
-def _start_fused_products(x, scores, q2_scores, Sb, S, decays, LO: gl.constexpr, LP: gl.constexpr):
+def _start_fused_products(
+    x, scores, q2_scores, Sb, S, D, q_decay, k_decay, s_decay, LO: gl.constexpr, LP: gl.constexpr
+):
     """`_start_products` for both scans: o^T, o2^T and S'^T are still being summed when it returns.
     The state is read from shared memory, Sb."""
     C: gl.constexpr = x.k.shape[0]
@@ -1241,20 +1242,20 @@ def _start_fused_products(x, scores, q2_scores, Sb, S, decays, LO: gl.constexpr,
     P = hopper.warpgroup_mma(x.k, qt, zero_p, use_acc=False, is_async=True)  # [C, BK] x [BK, C]
     O = hopper.warpgroup_mma(Sb, qt, zero_o, use_acc=False, is_async=True)  # [BV, BK] x [BK, C]
     P = hopper.warpgroup_mma_wait(1, [P])  # O is still being summed
-    scores.store((P * decays.D).to(dtype))
+    scores.store((P * D).to(dtype))
     P = hopper.warpgroup_mma(x.v, q2t, zero_p, use_acc=False, is_async=True)  # [C, BV] x [BV, C]
     St = Sb.permute((1, 0))
     O2 = hopper.warpgroup_mma(St, q2t, zero_o, use_acc=False, is_async=True)  # [BK, BV] x [BV, C]
     O, P = hopper.warpgroup_mma_wait(1, [O, P])  # O2 is still being summed
-    q2_scores.store((P * decays.D).to(dtype))
-    _, vw = _decayed_values(x.v, decays.k, dtype, AS)
+    q2_scores.store((P * D).to(dtype))
+    _, vw = _decayed_values(x.v, k_decay, dtype, AS)
     gl.barrier()  # all warps have stored their scores (the compiler fences them)
     vt, kt = x.v.permute((1, 0)), x.k.permute((1, 0))
-    O = hopper.warpgroup_mma(vt, scores, O * decays.q[None, :], is_async=True)  # [BV, C] x [C, C]
+    O = hopper.warpgroup_mma(vt, scores, O * q_decay[None, :], is_async=True)  # [BV, C] x [C, C]
     O2 = hopper.warpgroup_mma_wait(1, [O2])  # before O2 is scaled; O is being summed again
     # [BK, C] x [C, C]
-    O2 = hopper.warpgroup_mma(kt, q2_scores, O2 * decays.q[None, :], is_async=True)
-    S = hopper.warpgroup_mma(vw, x.k, S * decays.s, is_async=True)  # [BV, C] x [C, BK]
+    O2 = hopper.warpgroup_mma(kt, q2_scores, O2 * q_decay[None, :], is_async=True)
+    S = hopper.warpgroup_mma(vw, x.k, S * s_decay, is_async=True)  # [BV, C] x [C, BK]
     return O, O2, S, vw
 
 
@@ -1382,8 +1383,9 @@ def _hopper_kernel(
         step = direction * C
         for i in range(gl.minimum(loaded, STAGES)):
             _start_loads(
-                arrays, buffers, full, i, t + i * step, rows, heads, k_column, v_column, FUSED
-            )
+                arrays, buffers, full, i, 0, loaded, t + i * step,
+                rows, heads, k_column, v_column, STAGES, FUSED,
+            )  # fmt: skip
 
         scale_q, scale_k = _scales(p.scale, after_read)
         key: gl.constexpr = gl.SliceLayout(1, LP)
@@ -1397,15 +1399,16 @@ def _hopper_kernel(
         D, q_decay = _query_decays(g2, scale_q, p.scale, distance, rank_q, after_read)
         k_decay = _key_decays(g2, scale_k, C, rank_k, after_read)
         s_decay = gl.exp2(g2 * C)
-        c, stage, phase = 0, 0, 0
+        c = 0
         while c < (work.item.tokens + C - 1) // C:  # Triton's pipeliner would make `for` wait
+            stage, ahead = c % STAGES, t + (STAGES - 1) * step
             x = _PerOperand(
                 qb.index(stage).reshape([C, BK]), kb.index(stage).reshape([C, BK]),
                 vb.index(stage).reshape([C, BV]), q2b.index(stage).reshape([C, BV]),
             )  # fmt: skip
             # 1. loads
             if c < loaded:
-                hopper.mbarrier.wait(full.index(stage), phase)
+                hopper.mbarrier.wait(full.index(stage), c // STAGES % 2)
             # The load of a short last chunk brings tokens that are not of the sequence. Without
             # tokens of a sequence nothing is loaded, and the buffers hold anything.
             if (c + 1) * C > work.item.valid:
@@ -1417,27 +1420,29 @@ def _hopper_kernel(
                 m = gl.minimum(work.item.tokens - c * C, C)
                 k_decay = _key_decays(g2, scale_k, m, rank_k, after_read)
                 s_decay = gl.exp2(g2 * m)
+                if not FUSED:
+                    hopper.fence_async_shared()  # the products see the zeros
+                    gl.barrier()
             if FUSED:
                 # No warp reads Sb now: each waited for O2, and then passed the barrier that the
                 # compiler puts between the store and the load of `_store_output`.
                 Sb.store(S.to(dtype))
-            hopper.fence_async_shared()  # the products see Sb and the zeros
-            gl.barrier()  # every warp is past the chunk before, so its buffer is free
-            if (c > 0) & (c - 1 + STAGES < loaded):
-                free = (stage + STAGES - 1) % STAGES
-                ahead = t + (STAGES - 1) * step
+                hopper.fence_async_shared()  # the products see Sb and the zeros
+                gl.barrier()  # every warp is past the chunk before, so its buffer is free
                 _start_loads(
-                    arrays, buffers, full, free, ahead, rows, heads, k_column, v_column, FUSED
-                )
+                    arrays, buffers, full, c - 1 + STAGES, STAGES, loaded, ahead,
+                    rows, heads, k_column, v_column, STAGES, FUSED,
+                )  # fmt: skip
             # 2. products and 3. outputs
-            decays = _Decays(D, q_decay, k_decay, s_decay)
             old = S  # not read if NK is 1
             if NK > 1:
                 written = work.item.tokens * gl.minimum(k_block, 1)  # by the K blocks before
                 at, inside = _tile_pointers(o, t, written, p.H * V, v_column, V, C, BV, WARPS)
                 old = gl.load(at, mask=inside, other=0.0)
             if FUSED:
-                O, O2, S, vw = _start_fused_products(x, scores, q2_scores, Sb, S, decays, LO, LP)
+                O, O2, S, vw = _start_fused_products(
+                    x, scores, q2_scores, Sb, S, D, q_decay, k_decay, s_decay, LO, LP
+                )
                 O = hopper.warpgroup_mma_wait(2, [O])
                 _store_output(
                     o, out, O, old, t, work.item.tokens, p.H * V, v_column, V, WARPS, False
@@ -1445,7 +1450,13 @@ def _hopper_kernel(
                 O2 = hopper.warpgroup_mma_wait(1, [O2])
                 _store_output(o2, o2_out, O2, old, t, work.item.tokens, p.H * K, 0, K, WARPS, False)
             else:
-                O, vt, S, vw = _start_products(x, scores, S, decays, LO, LP, NK > 1)
+                O, vt, S, vw = _start_products(
+                    x, scores, S, D, q_decay, k_decay, s_decay, LO, LP, NK > 1
+                )
+                _start_loads(
+                    arrays, buffers, full, c - 1 + STAGES, STAGES, loaded, ahead,
+                    rows, heads, k_column, v_column, STAGES, FUSED,
+                )  # fmt: skip
                 O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
                 _store_output(
                     o, out, O, old, t, work.item.tokens, p.H * V, v_column, V, WARPS, NK > 1
@@ -1453,10 +1464,6 @@ def _hopper_kernel(
             S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
             t += step
             c += 1
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
         _store_final_state(S, s, s0, ck, cv, work, final_state, K, V, HAS_S0)
         if NK > 1:
             gl.barrier()  # every warp is past the K block, whose outputs are read again
@@ -1758,9 +1765,9 @@ def _launch_states(op, config, segments, x, B, precision):
     only states are wanted."""
     H, K, V, varlen = x.g.shape[1], x.k.shape[3], x.v.shape[3], x.cu_seqlens is not None
     # a scan and its transpose give equal parameters, because nothing here depends on q and s
-    own, splits = dataclasses.replace(op, final_state=False), segments.splits
+    op, splits = dataclasses.replace(op, final_state=False), segments.splits
     per_segment = segments.splits_per_segment
-    params, work_items = _params(own, x, B, segments, segments.split, splits, per_segment)
+    params, work_items = _params(op, x, B, segments, segments.split, splits, per_segment)
     shape = jax.ShapeDtypeStruct((B, splits, H, V, K), jnp.float32)
     tiles = -(-K // segments.BK) * -(-V // segments.BV)
     states = _launch(
@@ -1809,10 +1816,10 @@ def _launch_scan(op, config, segments, x, B, s_in, swapped, precision):
 
         qd, kd, vd = map(described, arrays, (config.BK, config.BK, config.BV))
         arrays = qd, kd, vd, described(x.q2, config.BV) if fused else vd
-        own = {"STAGES": config.num_stages, "num_stages": 1, "FUSED": fused}
-        own |= {} if fused else {"o2": 0}  # the kernel does not touch o2 then
+        special = {"STAGES": config.num_stages, "num_stages": 1, "FUSED": fused}
+        special |= {} if fused else {"o2": 0}  # the kernel does not touch o2 then
     else:
-        own = {"num_stages": config.num_stages, "PRECISION": precision}
+        special = {"num_stages": config.num_stages, "PRECISION": precision}
     unwritten = () if op.final_state else (x.untouched,)
     s, o, o2 = _launch(
         config.kernel, x.s0 if has_s0 else x.untouched, *arrays, x.g, s_in, work_items, *unwritten,
@@ -1821,7 +1828,7 @@ def _launch_scan(op, config, segments, x, B, s_in, swapped, precision):
         in_place=_updates_state(op, x, B) and not segments.splits,
         programs=B * H * params.items * -(-V // config.BV), params=params,
         K=K, V=V, BK=config.BK, BV=config.BV, C=config.C, IS_VARLEN=varlen,
-        SEGMENTED=segments.splits > 0, HAS_S0=has_s0, num_warps=config.num_warps, **own,
+        SEGMENTED=segments.splits > 0, HAS_S0=has_s0, num_warps=config.num_warps, **special,
     )  # fmt: skip
     return o, s, o2
 
@@ -2124,20 +2131,20 @@ def _in_auto_mode(f, operands, out_specs):
 @_promotes
 def _across_fwd(op, axes, x):
     s_in, s = _exchange(op, axes, x)
-    own = x._replace(g=_pcast(x.g, _varying(x.q)), s0=s_in)
-    o, *_ = _attend(dataclasses.replace(op, final_state=False), own)
-    return (o, s if op.final_state else None), (x, own)
+    local = x._replace(g=_pcast(x.g, _varying(x.q)), s0=s_in)
+    o, *_ = _attend(dataclasses.replace(op, final_state=False), local)
+    return (o, s if op.final_state else None), (x, local)
 
 
 @_promotes
 def _across_bwd(op, axes, saved, cotangents):
-    (x, own), (do, ds) = saved, cotangents
+    (x, local), (do, ds) = saved, cotangents
     # with check_vma=False shard_map itself sums what devices return, and gives each device its part
     # of a shared cotangent
     checked = set(axes) <= _varying(x.q)
     ds = ds if checked else lax.psum(ds, axes)
     ds_in, ds0 = _exchange(op.adjoint(), axes, x._replace(k=x.q, v=do, s0=ds))
-    dx = _gradients(op, own, (), do, ds_in)
+    dx = _gradients(op, local, (), do, ds_in)
     dg = dx.g
     if checked:
         dg = lax.psum(dg, tuple(sorted(_varying(dg) - _varying(x.g))))
@@ -2156,18 +2163,18 @@ def _exchange(op, axes, x):
     """The state that this device's tokens start from, and the final state of the whole sequence,
     which all devices have."""
     only_state = dataclasses.replace(op, only_state=True, final_state=True, name="state")
-    own = _Operands(x.k, x.k, x.v, _pcast(x.g, _varying(x.k)))  # k for q: no query is read
-    _, own, _ = _attend(only_state, own)
+    local = _Operands(x.k, x.k, x.v, _pcast(x.g, _varying(x.k)))  # k for q: no query is read
+    _, state, _ = _attend(only_state, local)
     states_around = functools.partial(_states_around, op, axes, x.k.shape[1])
-    return _in_auto_mode(states_around, (own, x.g, x.s0), (_spec(own), _spec(own)))
+    return _in_auto_mode(states_around, (state, x.g, x.s0), (_spec(state), _spec(state)))
 
 
-def _states_around(op, axes, T, own, g, s0):
-    """The results of `_exchange`, from the state [B, 1, H, K, V] that each device's own T tokens
+def _states_around(op, axes, T, state, g, s0):
+    """The results of `_exchange`, from the state [B, 1, H, K, V] that each device's T tokens
     leave."""
     devices = lax.axis_size(axes)
-    to = {"to": "invarying"} if set(axes) <= _varying(own) else {}
-    every = lax.all_gather(own, axes, **to)  # [devices, B, 1, H, K, V]
+    to = {"to": "invarying"} if set(axes) <= _varying(state) else {}
+    every = lax.all_gather(state, axes, **to)  # [devices, B, 1, H, K, V]
     every = jnp.flip(every, 0) if op.reverse else every  # in scan order
     if s0 is not None:
         every = jnp.concatenate([s0[None], every])
@@ -2179,7 +2186,7 @@ def _states_around(op, axes, T, own, g, s0):
         age = devices_before - 1 + first - jnp.arange(every.shape[0])
         decay = jnp.exp(g[..., None] * T * jnp.maximum(age, 0))
         weight = jnp.where(age >= 0, decay, 0)  # [B | 1, H, devices (+ 1)]
-        weight = jnp.broadcast_to(weight, (own.shape[0], *weight.shape[1:]))
+        weight = jnp.broadcast_to(weight, (state.shape[0], *weight.shape[1:]))
         return jnp.einsum("bhd,dbnhkv->bnhkv", weight, every, precision="highest")
 
     return after(place), after(devices)
