@@ -1507,22 +1507,44 @@ def of_layer_1(q, k, v, *state, **kwargs):
     return lightning_attn(q, k, v, 1, 4, **state, **kwargs)
 
 
-MESHES = [(2,), (3,), (4,), (6,), (8,), (2, 2), (2, 3), (2, 4)]  # (tensor,) or (batch, tensor)
-HEADS = [(8, 2), (12, 6), (12, 3), (6, 6)]  # of queries, and of keys and values
-MORE_HEADS = [(2, 2), (3, 1), (5, 5), (9, 3), (10, 10), (15, 5), (16, 1), (16, 16)]
+@parametrize("inside", [None, 2], ids=["jit", "rest-of-shard_map"])
+@parametrize("rows", [1, 2])
+@parametrize("parts", [2, 3, 4, 6, 8])
+def test_devices_have_the_heads_that_they_read(rows, parts, inside):
+    """Whatever the heads are. Inside of a shard_map a device has all or one of the shared heads."""
+    place = np.arange(rows * parts)
+    wanted = np.stack([place // parts, place % parts], -1)
+    pairs = [(H, Hk) for H in range(1, 25) for Hk in range(1, H + 1) if H % Hk == 0]
+    for H, Hk in pairs:
+        axes, heads, shared = la._device_axes(wanted, H, Hk, inside)
+        sizes, steps = zip(*axes)
+        index = np.indices(sizes).reshape(len(sizes), -1).T
+        row, part, shared_part = (index @ np.array(steps)).T
+        assert (row == wanted[:, 0]).all() and H % heads == Hk % shared == 0
+        if H % parts == 0 and inside is None:
+            assert (part == wanted[:, 1]).all() and heads == H // parts
+        first = part * heads
+        read = (first[:, None] + np.arange(heads)) // (H // Hk) - shared_part[:, None] * shared
+        assert (0 <= read).all() and (read < shared).all(), (H, Hk, axes)
+        assert not inside or shared == 1 or len(set(part)) == len(set(shared_part))
+
+
+GROUPS_OF_HEADS = [(8, 2), (12, 6), (12, 3)]  # heads of queries, and of keys and values
 
 
 @parametrize(
     "sizes, H, Hk, what, kind",
     [
         param(sizes, H, Hk, what, kind, marks=wants_devices(math.prod(sizes)), id=id)
-        for sizes, (H, Hk), what, kind in [
-            *itertools.product(MESHES, HEADS, ["batch"], [AUTO]),
-            *itertools.product([(4,)], MORE_HEADS, ["batch"], [AUTO]),
-            *itertools.product([(4,), (2, 2)], HEADS[:2], ["decode", "packed"], [AUTO]),
-            *itertools.product([(2, 2), (2, 3), (2, 4)], HEADS[:3], ["over-both-axes"], [AUTO]),
-            *itertools.product([(2,), (2, 2), (2, 4)], [(16, 4)], ["batch", "packed"], [EXPLICIT]),
-            *itertools.product([(4,), (2, 4)], HEADS[:3], ["batch"], [EXPLICIT]),
+        for sizes, (H, Hk), what, kind in [  # sizes of a mesh (tensor,) or (batch, tensor)
+            *itertools.product([(4,)], [*GROUPS_OF_HEADS, (6, 6), (3, 1)], ["batch"], [AUTO]),
+            ((6,), (12, 3), "batch", AUTO),
+            ((8,), (8, 2), "batch", AUTO),
+            *zip([(2, 2), (2, 3), (2, 4)], GROUPS_OF_HEADS, ["batch"] * 3, [AUTO] * 3),
+            *zip([(2, 2), (2, 3), (2, 4)], GROUPS_OF_HEADS, ["over-both-axes"] * 3, [AUTO] * 3),
+            *itertools.product([(4,)], GROUPS_OF_HEADS[:2], ["decode", "packed"], [AUTO]),
+            *itertools.product([(2,), (2, 4)], [(16, 4)], ["batch", "packed"], [EXPLICIT]),
+            *itertools.product([(4,)], GROUPS_OF_HEADS[1:], ["batch"], [EXPLICIT]),
         ]
         for id in [f"{'x'.join(map(str, sizes))}-{H}-{Hk}-{what}-{kind.name}"]
     ],
