@@ -1197,7 +1197,7 @@ def _decayed_values(vs, k_decay, dtype: gl.constexpr, layout: gl.constexpr):
 @_gluon
 def _start_products(
     x, scores, S, D, q_decay, k_decay, s_decay,
-    LO: gl.constexpr, LP: gl.constexpr, K_BLOCKS: gl.constexpr,
+    LO: gl.constexpr, LP: gl.constexpr,
 ):  # fmt: skip
     """Starts the products of a chunk. o^T and S'^T are still being summed when it returns, in this
     order. Also returns their operands in registers, to keep them alive until the wait."""
@@ -1214,8 +1214,6 @@ def _start_products(
     O = hopper.warpgroup_mma(Sb, qt, zero_o, use_acc=False, is_async=True)  # [BV, BK] x [BK, C]
     P = hopper.warpgroup_mma_wait(1, [P])  # O is still being summed
     scores.store((P * D).to(dtype))
-    if K_BLOCKS:  # outputs of earlier K blocks fill registers: this wait frees those of Sb for v
-        O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
     vt, vw = _decayed_values(x.v, k_decay, dtype, AS)
     vt = gl.convert_layout(vt, AO)
     O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])  # before O is scaled
@@ -1290,16 +1288,17 @@ def _zero_outside(x, t, valid, WARPS: gl.constexpr):
 
 @_gluon
 def _store_output(
-    o, buffer, O, old, t, tokens, stride, column,
-    DIM: gl.constexpr, WARPS: gl.constexpr, ADD: gl.constexpr,
+    o, buffer, O, k_block, t, tokens, stride, column,
+    DIM: gl.constexpr, WARPS: gl.constexpr, K_BLOCKS: gl.constexpr,
 ):  # fmt: skip
-    """Stores O^T, plus `old` if ADD, through a buffer [C, BD] in shared memory."""
+    """Stores O^T through a buffer [C, BD] in shared memory. Later K blocks add to earlier ones."""
     C: gl.constexpr = buffer.shape[0]
     BD: gl.constexpr = buffer.shape[1]
     at, inside = _tile_pointers(o, t, tokens, stride, column, DIM, C, BD, WARPS)
     buffer.permute((1, 0)).store(O.to(buffer.dtype))
     out = buffer.load(_coalesced(BD, WARPS))
-    if ADD:
+    if K_BLOCKS:
+        old = gl.load(at, mask=inside & (k_block > 0), other=0.0)
         out = (out.to(gl.float32) + old.to(gl.float32)).to(out.dtype)
     gl.store(at, out, mask=inside)
 
@@ -1434,32 +1433,27 @@ def _hopper_kernel(
                     rows, heads, k_column, v_column, STAGES, FUSED,
                 )  # fmt: skip
             # 2. products and 3. outputs
-            old = S  # not read if NK is 1
-            if NK > 1:
-                written = work.item.tokens * gl.minimum(k_block, 1)  # by the K blocks before
-                at, inside = _tile_pointers(o, t, written, p.H * V, v_column, V, C, BV, WARPS)
-                old = gl.load(at, mask=inside, other=0.0)
             if FUSED:
                 O, O2, S, vw = _start_fused_products(
                     x, scores, q2_scores, Sb, S, D, q_decay, k_decay, s_decay, LO, LP
                 )
                 O = hopper.warpgroup_mma_wait(2, [O])
                 _store_output(
-                    o, out, O, old, t, work.item.tokens, p.H * V, v_column, V, WARPS, False
+                    o, out, O, k_block, t, work.item.tokens, p.H * V, v_column, V, WARPS, False
                 )
                 O2 = hopper.warpgroup_mma_wait(1, [O2])
-                _store_output(o2, o2_out, O2, old, t, work.item.tokens, p.H * K, 0, K, WARPS, False)
-            else:
-                O, vt, S, vw = _start_products(
-                    x, scores, S, D, q_decay, k_decay, s_decay, LO, LP, NK > 1
+                _store_output(
+                    o2, o2_out, O2, k_block, t, work.item.tokens, p.H * K, 0, K, WARPS, False
                 )
+            else:
+                O, vt, S, vw = _start_products(x, scores, S, D, q_decay, k_decay, s_decay, LO, LP)
                 _start_loads(
                     arrays, buffers, full, c - 1 + STAGES, STAGES, loaded, ahead,
                     rows, heads, k_column, v_column, STAGES, FUSED,
                 )  # fmt: skip
                 O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
                 _store_output(
-                    o, out, O, old, t, work.item.tokens, p.H * V, v_column, V, WARPS, NK > 1
+                    o, out, O, k_block, t, work.item.tokens, p.H * V, v_column, V, WARPS, NK > 1
                 )
             S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
             t += step
@@ -1558,10 +1552,9 @@ def _config(arch, num_sms, K, V, dtype, B, H, T, n, fused):
     fits = K % 8 == V % 8 == 0 and T >= 64 and length >= 32 and B * T < 2**31
     if arch == "sm_90" and itemsize == 2 and fits:
         BK = max(BK, 64)
-        # The decays of MiniMax-01 choose these bounds: half of its heads live for 4096 tokens.
-        # Where programs of half the values fill two thirds of a GPU, they win for longer.
-        segments = 16 if 3 * B * n * H >= num_sms else 8
-        segments = 4 if K > 128 else segments
+        # Half the values: the bounds are those of MiniMax-01's decays, with which segments read the
+        # keys and values of most heads twice. The more programs there are, the longer they win.
+        segments = 4 if K > 128 else max(8, 2 * B * n * H // 3)
         BV = narrow(max(BV, 64), 64, 2 * SEGMENT - 1 if fused else segments * SEGMENT)
         stages = 2 if fused else 4
         programs = 2 if BK == BV == 64 else 1  # by shared memory

@@ -895,10 +895,11 @@ def test_states_of_segments_take_little_memory(B, T, H, D):
         ("bfloat16", 2, 1023, 1, "_hopper_kernel 64 64", "_hopper_kernel 64 64"),
         ("bfloat16", 66, 2048, 1, "_hopper_kernel 64 64", "_hopper_kernel 64 128 fused"),
         ("bfloat16", 67, 2048, 1, "_hopper_kernel 64 128", "_hopper_kernel 64 128 fused"),
-        ("bfloat16", 8, 4096, 1, "_hopper_kernel 64 64", "_hopper_kernel 64 128 fused"),
-        ("bfloat16", 43, 4097, 1, "_hopper_kernel 64 128", "_hopper_kernel 64 128 fused"),
-        ("bfloat16", 44, 8192, 1, "_hopper_kernel 64 64", "_hopper_kernel 64 128 fused"),
-        ("bfloat16", 64, 8193, 1, "_hopper_kernel 64 128", "_hopper_kernel 64 128 fused"),
+        *(
+            ("bfloat16", H, T, 1, f"_hopper_kernel 64 {BV}", "_hopper_kernel 64 128 fused")
+            for H, most in [(8, 4096), (24, 8192), (64, 21504)]
+            for T, BV in [(most, 64), (most + 1, 128)]
+        ),
         ("bfloat16", 8, 1023, 16, "_hopper_kernel 64 128", "_hopper_kernel 64 128 fused"),
         ("float32", 33, 512, 1, "_chunk_scan_kernel 32 32", "_chunk_scan_kernel 32 32"),
         ("float32", 34, 512, 1, "_chunk_scan_kernel 32 64", "_chunk_scan_kernel 32 64"),
@@ -2337,8 +2338,11 @@ def test_compiles_where_all_is_one(dtype, T, D, cu):
 
 
 @wants_gpu
-@parametrize("tokens", [1, 2, 16, 100], ids="{}-tokens".format)
-@parametrize("pool", [False, True], ids=["rows", "pool"])
+@parametrize(
+    "tokens, pool",
+    [(1, False), (2, False), (16, False), (100, False), (1, True), (4, True), (16, True)],
+    ids=lambda x: {True: "pool", False: "rows"}.get(x, x) if isinstance(x, bool) else f"{x}-tokens",
+)
 def test_a_step_takes_the_memory_of_its_state(tokens, pool):
     """A donated state, or a loop's, is neither doubled nor copied. Other states do not change."""
     q, k, v, s0, *_ = inputs(28, 16, tokens, 16, 16, 64, 64, "bfloat16")
