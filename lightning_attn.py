@@ -220,12 +220,12 @@ def lightning_attn(
     q, k, v = _qkv(query, key, value)
     g = _log_decays(q, layer_idx, num_layers, g_gamma)
     q, scale = _scaled(q, softmax_scale)
+    axes = _seq_axes(seq_axis, cu_seqlens)
     cu_seqlens = _boundaries(cu_seqlens, q)
     s0 = _initial_state(initial_state, q, v, cu_seqlens)
     _static("reverse", reverse)
     _static("output_final_state", output_final_state)
     backend = _backend(backend, q, cu_seqlens)
-    axes = _seq_axes(seq_axis, cu_seqlens)
     precision = jax.config.jax_default_matmul_precision
     op = _Op(scale, bool(reverse), backend, precision, final_state=bool(output_final_state))
     if s0 is not None:
@@ -1902,12 +1902,13 @@ def _lower_partitioned(context, *leaves, plain, by_rule, warns):
     try:
         return mlir.lower_fun(_run(by_rule))(context, *leaves)
     except (AssertionError, AttributeError, NotImplementedError):  # what custom_partitioning raises
+        lowered = mlir.lower_fun(_run(plain))(context, *leaves)
         if warns:
             warnings.warn(
                 "lightning_attn: kernels gather their operands here, because JAX does not know the "
                 "devices of the mesh. Call with jax.set_mesh(mesh)"
             )
-        return mlir.lower_fun(_run(plain))(context, *leaves)
+        return lowered
 
 
 mlir.register_lowering(_partitioned, _lower_partitioned)
