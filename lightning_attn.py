@@ -64,7 +64,7 @@ __version__ = "0.1.0"
 # look at what is private or young:
 # - jax-triton: `_in_place` binds its primitive; the rule for dead code below ends with 0.4.2.
 # - JAX: `_to_xla_hlo_sharding` in `_parts`, custom_partitioning and what `_lower_partitioned`
-#   catches, `manual_axis_type` in `_varying`, auto_axes, auto_pcast, abstract_device.
+#   catches, `manual_axis_type` in `_varying`, auto_axes, auto_pcast, `abstract_device`.
 # - Triton: Gluon in `_hopper_kernel`; ptxas in `_unpack_flags`.
 # - XLA on CPUs: the selects and barriers of `_scan_xla` (jax 0.12.0.1).
 _JAX = ">=0.10.2"
@@ -1896,19 +1896,23 @@ _partitioned.def_impl(lambda *leaves, plain, **_: _run(plain)(*leaves))
 
 
 def _lower_partitioned(context, *leaves, plain, by_rule, warns):
-    """Lowers a scan with its sharding rule, where JAX knows the devices. In nested shard_maps JAX
-    does not know them unless the mesh is set. There, and without Shardy, the compiler finds its own
-    way: a good way for plain JAX, but kernels gather."""
+    """Lowers a scan with its sharding rule, if Shardy is there to read the rule and JAX knows the
+    devices. In nested shard_maps JAX does not know them unless the mesh is set. Otherwise the
+    compiler finds its own way: a good way for plain JAX, but kernels gather."""
+    lower = lambda jaxpr: mlir.lower_fun(_run(jaxpr))(context, *leaves)
+    if not jax.config.jax_use_shardy_partitioner:
+        return lower(plain)
     try:
-        return mlir.lower_fun(_run(by_rule))(context, *leaves)
-    except (AssertionError, AttributeError, NotImplementedError):  # what custom_partitioning raises
-        lowered = mlir.lower_fun(_run(plain))(context, *leaves)
-        if warns:
-            warnings.warn(
-                "lightning_attn: kernels gather their operands here, because JAX does not know the "
-                "devices of the mesh. Call with jax.set_mesh(mesh)"
-            )
-        return lowered
+        return lower(by_rule)
+    except AttributeError as error:
+        if "AbstractMesh" not in str(error):  # which custom_partitioning asks for its devices
+            raise
+    if warns:
+        warnings.warn(
+            "lightning_attn: on GPUs this call gathers its operands, because JAX does not know the "
+            "devices of the mesh. Call with jax.set_mesh(mesh)"
+        )
+    return lower(plain)
 
 
 mlir.register_lowering(_partitioned, _lower_partitioned)
@@ -2254,7 +2258,7 @@ def _log_decays(q, layer_idx, num_layers, g_gamma):
 
 def _layer(layer_idx, num_layers):
     """`layer_idx` and `num_layers`, checked: as ints if they are concrete."""
-    x = layer_idx
+    x = layer_idx = _unwrapped(layer_idx)
     if isinstance(x, (jax.Array, np.ndarray)) and jnp.issubdtype(x.dtype, jnp.floating) and x.ndim:
         raise TypeError(
             f"layer_idx: expected an integer, got an array of {x.dtype} and shape {x.shape}: "
@@ -2400,8 +2404,9 @@ def _static(name, x):
 
 def _unwrapped(x):
     """`x`, or the array in an object with `__jax_array__`, such as a flax.nnx.Param."""
-    is_array = isinstance(x, (jax.Array, np.ndarray)) or not hasattr(x, "__jax_array__")
-    return x if is_array else x.__jax_array__()
+    while not isinstance(x, (jax.Array, np.ndarray)) and hasattr(x, "__jax_array__"):
+        x = x.__jax_array__()
+    return x
 
 
 def _scalar(name, x, kind=jnp.integer):
