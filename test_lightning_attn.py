@@ -2092,7 +2092,7 @@ class Wrapped:
 
 
 @parametrize("f", [lightning_attn, lightning_attn_reference], ids=["op", "reference"])
-def test_objects_that_hold_arrays(f):
+def test_objects_that_hold_arrays(f, precise):
     q, k, v, s0, do, _ = inputs(12, 1, 20, 2, 2, 8, 8, n=2)
     g, scale, cu = jnp.array([-0.1, -0.5]), jnp.float32(0.3), jnp.array([0, 9, 20])
     options = dict(initial_state=s0, cu_seqlens=cu, softmax_scale=scale)
