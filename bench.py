@@ -111,11 +111,11 @@ MODELS = {
 OF_FORMULA = "8,4096,32,128 1,32768,32,128 1,131072,8,128 1,4096,16,128"
 OF_FORMULA += " 4,8192,16,64 2,8192,16,96 2,8192,16,192 2,8192,16,256"
 SHORT = "1,1024,64,128 1,512,32,128 1,200,32,128"
-LENGTHS, LONGER = [2**n for n in range(11, 18)], 2**20
+LONGER = 2**20
 DECODED = 200  # tokens that a loop of decode steps reads
 DECODE = [(1, 1), *((B, n) for B in (64, 256) for n in (1, 2, 4, 8))]  # rows, tokens of a step
-SECTIONS = "models", "packed", "formula", "variants", "short", "lengths", "decode", "devices"
-WITH_PEERS = "models", "lengths", "formula"  # in this order: the last take fla longest
+SECTIONS = "models", "packed", "formula", "variants", "short", "decode", "devices"
+WITH_PEERS = "models", "formula"  # in this order: the last take fla longest
 
 
 def rows_of(shapes, dtype, gpu):
@@ -138,8 +138,6 @@ def rows_of(shapes, dtype, gpu):
     yield Row("variants", "float32, in TF32", (4, 4096, 32, 128), FLASH, "float32")
     yield Row("variants", "plain JAX", (8, 4096, 32, 128), FLASH, backend="xla")
     yield from (Row("short", MINIMAX, shape_of(s)) for s in SHORT.split())
-    for T in *LENGTHS, LONGER:
-        yield Row("lengths", f"{T} tokens", (1, T, 16, 128), MINI)
     for B, n in DECODE:
         yield Row("decode", f"{n} token{'s' * (n > 1)} a step", (B, n, 32, 128), FLASH)
     for shape, *splits in (large, "batch", "heads"), ((1, LONGER, 16, 128), "tokens"):
@@ -421,41 +419,38 @@ def show_table(rows):
 COLOURS = {"lightning_attn": "#0a5fb4", "fla": "#c4622d", "softmax": "#7a5195"}
 NOTES = """100 %: the time of a copy of as many bytes as the pass must read and write
 White points and bars of fla: the time that Python takes to launch its kernels, which take less
-softmax: attention by cuDNN"""
-PICTURED = {
-    "MiniMax-01\n8 x 4096 tokens": (MINIMAX, (8, 4096, 64, 128)),
-    "MiniMax-01\n32768 tokens": (MINIMAX, (1, 32768, 64, 128)),
-    "MiniMax-01, 8 of 64\nheads, 32768 tokens": (EIGHTH, (1, 32768, 8, 128)),
-    "Ring-flash-linear\n32768 tokens": (FLASH, (1, 32768, 32, 128)),
-    "Ring-mini-linear\n8192 tokens": (MINI, (1, 8192, 16, 128)),
-}
+"""
+PICTURED = [shape_of(text) for text in MODELS[MINIMAX].split()]
 
 
 def plot_lengths(axes, rows):
-    """Time against the number of tokens, forward (solid) and backward (dashed)."""
-    rows = [r for r in rows if r.section in ("lengths", "peers") and r.shape[1] in LENGTHS]
-    rows = sorted((r for r in rows if r.shape[2:] == (16, 128)), key=lambda r: r.shape)
+    """Time against the number of tokens of one sequence, forward (solid) and backward (dashed)."""
+    long = {shape[1]: shape for shape in PICTURED if shape[0] == 1}
+    rows = sorted((r for r in rows if r.shape in long.values()), key=lambda r: r.shape)
+    rows = [r for r in rows if r.section == "peers" or r.decays == MINIMAX]
     for op, colour in COLOURS.items():
         for way, style in zip(WAYS, ("-", "--")):
-            of_way = [r for r in rows if r.op == op and way in r.ms]
+            of_way = [r for r in rows if r.op == op and way in r.ms and not r.sequences]
             T, ms = [r.shape[1] for r in of_way], [r.ms[way] for r in of_way]
             width = 2.8 if op == "lightning_attn" else 1.8
-            axes.loglog(T, ms, style, color=colour, lw=width, label=f"{op}, {way}")
+            if T:
+                axes.loglog(T, ms, style, color=colour, lw=width, label=f"{op}, {way}")
             ms = [r.ms[way] if by_python(r, way) else np.nan for r in of_way]
             axes.loglog(T, ms, "o", color=colour, mfc="white", ms=6, mew=1.5)
-    axes.set_xticks(LENGTHS, [f"{T // 1024}k" for T in LENGTHS])
-    axes.set_yticks([0.1, 1, 10, 100], ["0.1 ms", "1 ms", "10 ms", "100 ms"])
+    axes.set_xticks(list(long), [f"{T // 1024}k" for T in long])
+    axes.set_yticks([0.1, 1, 10], ["0.1 ms", "1 ms", "10 ms"])
     axes.minorticks_off()
-    axes.set(xlabel="tokens", title="Time of a call against its length, 16 heads of 128")
-    axes.legend(frameon=False, loc="upper left", ncols=3)
+    axes.set(xlabel="tokens", title=f"Time of one sequence, {MINIMAX}, 64 heads of 128")
+    axes.legend(frameon=False, loc="upper left", ncols=2)
 
 
 def plot_models(axes, rows, way):
-    """Percent of copy speed at shapes of released models, beside the fastest other."""
+    """Percent of copy speed with the decays of MiniMax-01, beside the fastest other."""
     axes.set(xlim=(0, 1), title=f"{way.capitalize()} pass, percent of copy speed")
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.grid(visible=False, axis="y")
-    axes.set_yticks(range(len(PICTURED)), PICTURED)
+    labels = [f"{B} x {T} tokens" if B > 1 else f"{T} tokens" for B, T, *_ in PICTURED]
+    axes.set_yticks(range(len(PICTURED)), labels)
     axes.invert_yaxis()
 
     def bar(at, share, label, colour, fill):
@@ -464,8 +459,10 @@ def plot_models(axes, rows, way):
         place = inside if share > 0.4 else dict(color=colour)
         axes.text(share, at, f" {label} ", va="center", **place)
 
-    for i, call in enumerate(PICTURED.values()):
-        for row in (r for r in rows if (r.section, r.decays, r.shape) == ("models", *call)):
+    for i, shape in enumerate(PICTURED):
+        for row in (
+            r for r in rows if (r.section, r.decays, r.shape) == ("models", MINIMAX, shape)
+        ):
             ms, share, blue = row.ms[way], row.copy_speed[way], COLOURS["lightning_attn"]
             bar(i - 0.2, share, f"{share * 100:.0f} %, {ms_text(ms)} ms", blue, blue)
             if other := fastest_other(rows, row, way):
@@ -492,7 +489,7 @@ def plot(results, target):
         plot_models(axes["F"], rows, "forward")
         plot_models(axes["B"], rows, "backward")
         axes["B"].set_yticklabels([])
-        figure.supxlabel(f"{NOTES}. {results[0]['about']}", x=0.01, ha="left", fontsize=9)
+        figure.supxlabel(NOTES + results[0]["about"], x=0.01, ha="left", fontsize=9)
         figure.savefig(target, dpi=200)
     show_table(rows)
     say(f"plotted in {target}")
