@@ -1,4 +1,3 @@
-# type: ignore  # Types are for callers: checkers cannot follow what Triton compiles.
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The lightning-attn-jax authors. Licensed under the Apache License, Version 2.0
 # (http://www.apache.org/licenses/LICENSE-2.0). Distributed on an "AS IS" BASIS, WITHOUT WARRANTIES
@@ -45,8 +44,8 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import jax
 import jax.extend
@@ -116,12 +115,22 @@ if triton and _fits(_found["jax"], ">=0.12") and _found["jax-triton"] == "0.4.1"
 __all__ = ["lightning_attn", "lightning_attn_reference", "lightning_g_gamma"]
 
 
+# Types for callers. Checkers cannot follow what Triton compiles: they report nothing of this file.
+# mypy: ignore-errors
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false, reportOperatorIssue=false, reportOptionalIterable=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportPossiblyUnboundVariable=false
 Array = jax.Array | np.ndarray
 Integer = int | np.integer | Array
 Real = float | np.floating | Integer
 
 
-def _promotes(f):
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _promotes(f: _F) -> _F:
     """Runs f under JAX's default promotion rules, whatever the caller set. JAX calls the rules of a
     transformation when the caller's settings hold again, so each rule is marked as well."""
 
@@ -134,7 +143,7 @@ def _promotes(f):
         ):
             return f(*args, **kwargs)
 
-    return promotes
+    return cast(_F, promotes)
 
 
 # The API -----------------------------------------------------------------------------------------
