@@ -2021,17 +2021,17 @@ def _device_axes(parts, H, shared_heads, inside):
     """How devices split H heads and the heads that these share. `parts` [devices, dims] says which
     part of each dim a device is to have; the last dim is the heads. Returns the mesh axes, in whose
     steps shared heads are one more dim, and how many heads and shared heads a device gets."""
-    heads = 1 + int(parts[:, -1].max())  # parts of the heads
+    count = 1 + int(parts[:, -1].max())  # parts of the heads
     whole_heads = parts * (np.arange(parts.shape[1]) < parts.shape[1] - 1)
-    tries = (parts, heads, math.gcd(shared_heads, heads)), (parts, heads, 1), (whole_heads, 1, 1)
-    for tried, heads, shared in *tries, (0 * parts, 1, 1):
+    tries = (parts, count, math.gcd(shared_heads, count)), (parts, count, 1), (whole_heads, 1, 1)
+    for tried, count, shared_count in *tries, (0 * parts, 1, 1):
         # Devices that share several heads select theirs by the number of the device among these
         # devices. The number is not known in a shard_map.
-        selects = shared < min(shared_heads, heads)
-        if H % heads == 0 and not (selects and inside):
-            if axes := _axes(np.c_[tried, tried[:, -1] // (heads // shared)]):
+        selects = shared_count < min(shared_heads, count)
+        if H % count == 0 and not (selects and inside):
+            if axes := _axes(np.c_[tried, tried[:, -1] // (count // shared_count)]):
                 break
-    return axes, H // heads, shared_heads // shared
+    return axes, H // count, shared_heads // shared_count
 
 
 def _parts(x, devices):
