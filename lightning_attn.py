@@ -1718,8 +1718,8 @@ def _scan_triton(op, x, swapped=False):
         return _launch_step(op, x, B)
     states_of = (x.v, x.k) if swapped else (x.k, x.v)
     states_K, states_V = (a.shape[3] for a in states_of)
-    # States that take their memory's place must not be read by two programs. The states of so many
-    # sequences cost more than the longest of the sequences could.
+    # A pack of so many sequences is not cut, so that its states stay in place: they cost more than
+    # its longest sequence could.
     whole = _updates_state(op, x, B) and T <= n * H
     segments = _plan_segments(
         config, num_sms, itemsize, B, H, T, K, V, states_K, states_V, op, whole
