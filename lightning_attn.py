@@ -183,8 +183,8 @@ def lightning_attn(
       value: [batch, seq_len, num_kv_heads, v_head_dim], in the dtype of `query`.
       layer_idx, num_layers: integers, possibly traced: the layer, counted from 0, and the number of
         layers. Head h gets the log decay g = -(8 / num_heads) (1 - layer_idx / num_layers) h, or 0
-        if a traced layer is past the last. Leave both out to give `g_gamma` instead, as a
-        `jax.shard_map` over heads must: it would number each device's heads from 0.
+        if a traced layer is past the last. Leave both out to give `g_gamma` instead. A
+        `jax.shard_map` over heads needs `g_gamma`: the formula numbers each device's heads from 0.
       softmax_scale: scale of the outputs, 0 or a normal number of float32; None means
         qk_head_dim ** -0.5. Each number compiles a program of its own. A traced scale has a
         gradient. It multiplies `query` first, in the dtype of `query`.
@@ -203,7 +203,7 @@ def lightning_attn(
       backend: None picks when the computation is lowered: Triton for cuda and rocm, plain JAX for
         everything else and for GPUs older than sm_80. "triton" and "xla" force one of the two, and
         "triton" raises on older GPUs. An export of symbolic shapes, for several platforms, or over
-        a mesh without devices takes "xla".
+        a mesh without devices needs "xla".
       seq_axis: name of a `jax.shard_map` mesh axis, or a tuple of names, over which `seq_len` is
         split evenly, in order. Only states cross it. Both states are those of the whole sequence.
       output_final_state: a static bool. False returns None for the final state, and saves its time
@@ -224,7 +224,7 @@ def lightning_attn(
 
     Raises:
       TypeError, ValueError: before anything runs. Messages name what is expected and what came.
-        Values are checked where they are concrete, for which an eager call waits for the device.
+        Only concrete values are checked. An eager call waits for the device to check them.
     """
     q, k, v = _qkv(query, key, value)
     g = _log_decays(q, layer_idx, num_layers, g_gamma)
