@@ -343,8 +343,8 @@ def _intervals(T, cu_seqlens):
     """Splits T tokens at boundaries [n + 1], which may hold anything, into n + 2 intervals: before
     the first sequence, each sequence, after the last. Returns bounds [n + 3] that never decrease,
     and which intervals are sequences."""
-    ends = jnp.zeros(1, jnp.int32), jnp.full(1, T, jnp.int32)
-    bounds = lax.cummax(jnp.concatenate([ends[0], jnp.clip(cu_seqlens, 0, T), ends[1]]))
+    zero, last = jnp.zeros(1, jnp.int32), jnp.full(1, T, jnp.int32)
+    bounds = lax.cummax(jnp.concatenate([zero, jnp.clip(cu_seqlens, 0, T), last]))
     i = jnp.arange(cu_seqlens.shape[0] + 1)
     return bounds, (i > 0) & (i < i.shape[0] - 1)
 
@@ -419,9 +419,7 @@ CHUNK, GROUP = 64, 512  # tokens per chunk if head dims are at most 64; tokens p
 
 @dataclasses.dataclass(frozen=True)
 class _Op:
-    scale: (
-        float  # of scores, and of what queries read of the state or, after_read, of what keys add
-    )
+    scale: float  # of scores, and of what queries read of the state or, after_read, of added keys
     reverse: bool
     backend: str | None
     precision: Any  # jax.default_matmul_precision at the call
@@ -1204,10 +1202,7 @@ def _decayed_values(vs, k_decay, dtype: gl.constexpr, layout: gl.constexpr):
 
 
 @_gluon
-def _start_products(
-    x, scores, S, D, q_decay, k_decay, s_decay,
-    LO: gl.constexpr, LP: gl.constexpr,
-):  # fmt: skip
+def _start_products(x, scores, S, D, q_decay, k_decay, s_decay, LO: gl.constexpr, LP: gl.constexpr):
     """Starts the products of a chunk. o^T and S'^T are still being summed when it returns, in this
     order. Also returns their operands in registers, to keep them alive until the wait."""
     C: gl.constexpr = x.k.shape[0]
