@@ -2741,7 +2741,8 @@ def interpreted_call(
                     described(x.reshape(arg.shape), arg) if is_descriptor else flat(x)
                     for x, arg, is_descriptor in zip(arrays, args, is_described)
                 ]
-                emulate(kernel, module, range(grid[0]), [*given, *map(flat, out)], constants)
+                programs = reversed(range(grid[0]))  # their order must not matter
+                emulate(kernel, module, programs, [*given, *map(flat, out)], constants)
             else:
                 sums = InterpretedFunction(triton.language.sum.fn).rewrite()
                 m.setattr(triton.language, "sum", sums)
