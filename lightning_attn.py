@@ -487,7 +487,8 @@ def _scan_xla(op, x, do=None, ds=None):
     precision = op.precision if dtype == wide else "default"
     # keeps XLA from folding the decays of known g into large constants, which is slower
     g = lax.optimization_barrier(x.g)
-    rest = 0 if varlen else -T % (N * C)  # tokens to add, so that a plain batch has whole groups
+    # tokens to add, so that a plain batch has whole groups
+    rest = 0 if varlen else -T % (N * C) if isinstance(T, int) else C
     q, k, v, q2, do = (
         a if a is None else jnp.pad(a, ((0, 0), (0, rest), (0, 0), (0, 0)))
         for a in (x.q, x.k, x.v, x.q2, do)
@@ -2222,24 +2223,9 @@ def _qkv(query, key, value):
     for name, d in ("query", K), ("value", V):
         if not 1 <= d <= 512:
             raise ValueError(f"{name}: expected a head dim from 1 to 512, got {d}")
-    if not isinstance(T, int):
-        _symbolic("query: expected a symbolic seq_len", T, CHUNK)
-    elif T > 2**30:
+    if isinstance(T, int) and T > 2**30:
         raise ValueError(f"query: expected seq_len of at most 2**30, got {T}")
     return q, k, v
-
-
-def _symbolic(what, size, least):
-    """Raises if a symbolic size, of a `jax.export`, may be less."""
-    try:
-        enough = bool(size >= least)
-    except jax.errors.InconclusiveDimensionOperation:
-        enough = False
-    if not enough:
-        raise ValueError(
-            f"{what} that is known to be {least} or more, got {size}: "
-            f'jax.export.symbolic_shape(..., constraints=["{size} >= {least}"])'
-        )
 
 
 def _log_decays(q, layer_idx, num_layers, g_gamma):
@@ -2319,9 +2305,7 @@ def _boundaries(cu_seqlens, q):
     array = _array("cu_seqlens", cu_seqlens, ("num_seqs + 1",), jnp.integer)
     if B != 1:
         raise ValueError(f"cu_seqlens: expected a batch of 1 to hold the packed sequences, got {B}")
-    if not isinstance(array.shape[0], int):
-        _symbolic("cu_seqlens: expected a symbolic number of boundaries", array.shape[0], 2)
-    elif array.shape[0] < 2:
+    if array.shape[0] < 2:  # of a symbolic number, JAX says that it cannot know
         raise ValueError(f"cu_seqlens: expected at least 2 boundaries, got {array.shape[0]}")
     if (known := _known(cu_seqlens)) is not None:
         value = [int(x) for x in known]
