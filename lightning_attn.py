@@ -428,6 +428,7 @@ class _Op:
     final_state: bool = True  # False: s is None
     o_group: int = 1  # neighboring heads of o that are summed into one
     o2_group: int = 1  # of o2, likewise
+    swapped: bool = False  # kernels sum the states of splits with k and v exchanged
     name: str = "forward"  # in profiles
 
     def adjoint(self):
@@ -697,7 +698,8 @@ def _attend_bwd(op, saved, cotangents):
         return (_gradients(op, x, wants_dg, do, ds),)
     # only second derivatives differentiate a fused scan: two scans have gradients
     zeros = lambda c: jnp.zeros(c.shape, c.dtype) if isinstance(c, SymbolicZero) else c
-    return jax.vjp(functools.partial(_two_scans, op), x)[1](jax.tree.map(zeros, cotangents))
+    two_scans = functools.partial(_two_scans, _attend, op)
+    return jax.vjp(two_scans, x)[1](jax.tree.map(zeros, cotangents))
 
 
 # outside of shard_map, and inside
@@ -706,11 +708,16 @@ _attend_outside.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 _attend_inside.defvjp(lambda op, x: (_attend(op, x), (x, ())), _attend_bwd)
 
 
-def _two_scans(op, x):
-    """A fused scan as two."""
-    o, s, _ = _attend(dataclasses.replace(op, o2_group=1), x._replace(q2=None))
-    op = dataclasses.replace(op, final_state=False, o_group=op.o2_group, o2_group=1)
-    o2, *_ = _attend(op, x.transposed(x.q2))
+def _two_scans(scan, op, x):
+    """A fused scan as two. If K = V, the states of their splits are equal launches, of which XLA
+    makes one."""
+    # B is read off the operands: with g in B rows, a scan without q or q2 has B rows as well
+    B, _, H, *_ = _sizes(x)
+    same_rows = x.q.shape[0] == x.q2.shape[0]
+    x = x if same_rows else x._replace(g=jnp.broadcast_to(x.g, (B, H)))
+    o, s, _ = scan(dataclasses.replace(op, o2_group=1), x._replace(q2=None))
+    of_o2 = dict(final_state=False, o_group=op.o2_group, o2_group=1, swapped=True)
+    o2, *_ = scan(dataclasses.replace(op, **of_o2), x.transposed(x.q2))
     return o, s, o2
 
 
@@ -783,8 +790,8 @@ def _decay_gradient(op, x, do, ds):
 #     _chunk_scan_kernel      scans all segments in parallel, each from that state plus the decayed
 #                             initial state. For 16 bits on Hopper, _hopper_kernel does the same
 #
-# A decode step, the scan of one token per plain batch row, is one launch of _step_kernel. A scan
-# whose outputs are not needed (`only_state`) is one launch of _chunk_state_kernel; XLA sums splits.
+# Scans of one token per plain batch row, decode steps, launch _step_kernel instead. A scan whose
+# outputs are not needed (`only_state`) is one launch of _chunk_state_kernel; XLA sums splits.
 # All kernels except _step_kernel hold the state transposed, S^T [V, K]. S^T is then the left
 # operand of o^T = S^T q^T as it lies in registers, without a copy through shared memory. Programs
 # divide the columns of values, at most 128 (BV) each. A program scans the columns of keys above 128
@@ -1472,22 +1479,22 @@ def _hopper_kernel(
 
 @_kernel
 def _step_kernel(
-    s0, q, k, v, g, s, o, params,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_S0: tl.constexpr,
+    s0, q, k, v, g, s_in, work_items, s, o, params,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    IS_VARLEN: tl.constexpr, SEGMENTED: tl.constexpr, HAS_S0: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The scan of one token (decoding): no matrix products, and the state is read and written once.
-    s may be s0."""
+    """The scan of one token per plain batch row (decoding): no matrix products, and the state is
+    read and written once. The arguments are those of `_chunk_scan_kernel`."""
     NV: tl.constexpr = (V + BV - 1) // BV
     p = _Params(*params)
     _, after_read, _, final_state = _unpack_flags(p.flags)
-    i = tl.program_id(0)
-    tile, i = i % NV, i // NV
-    h, b = i % p.H, (i // p.H).to(tl.int64)
-    decay = tl.exp(tl.load(g + b * p.g_stride + h))
-    ck, cv = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
-    q += (b * p.q_stride * p.q_heads + h // (p.H // p.q_heads)) * K
-    k += (b * p.k_stride * p.k_heads + h // (p.H // p.k_heads)) * K
-    v += (b * p.v_stride * p.v_heads + h // (p.H // p.v_heads)) * V
+    work = _find_work(work_items, p, 1, NV, 0, IS_VARLEN, SEGMENTED, ITEMS_FIRST=False)
+    decay = tl.exp(tl.load(g + work.b * p.g_stride + work.h))
+    ck, cv = tl.arange(0, BK), work.v_tile * BV + tl.arange(0, BV)
+    q += _first_token(work, p.q_stride, p.q_heads, p) * K
+    k += _first_token(work, p.k_stride, p.k_heads, p) * K
+    v += _first_token(work, p.v_stride, p.v_heads, p) * V
     qs = tl.load(q + ck, mask=ck < K, other=0.0).to(tl.float32)
     ks = tl.load(k + ck, mask=ck < K, other=0.0).to(tl.float32)
     vs = tl.load(v + cv, mask=cv < V, other=0.0).to(tl.float32)
@@ -1496,12 +1503,12 @@ def _step_kernel(
     scale_q, scale_k = _scales(p.scale, after_read)
     S = ks[:, None] * (vs * scale_k)[None, :]  # [BK, BV]
     if HAS_S0:
-        s0 += (b * p.s0_stride * p.H + h) * K * V
+        s0 += _state_offset(work, p.s0_stride, p) * K * V
         S += tl.load(s0 + at, mask=inside, other=0.0) * (1.0 if after_read > 0 else decay)
     out = tl.sum(qs[:, None] * S, 0) * scale_q
-    tl.store(o + (b * p.H + h) * V + cv, out.to(o.dtype.element_ty), mask=cv < V)
+    tl.store(o + (work.b * p.H + work.h) * V + cv, out.to(o.dtype.element_ty), mask=cv < V)
     if final_state > 0:
-        s += (b * p.H + h) * K * V
+        s += _state_offset(work, p.sequences, p) * K * V
         tl.store(s + at, S * (decay if after_read > 0 else 1.0), mask=inside)
 
 
@@ -1519,7 +1526,7 @@ _SHARED_MEMORY = dict(
 class _Config:
     """How the scan is launched, and the state kernel that goes before it."""
 
-    kernel: Any  # `_hopper_kernel` or `_chunk_scan_kernel`
+    kernel: Any  # `_hopper_kernel`, `_chunk_scan_kernel` or `_step_kernel`
     C: int  # tokens per chunk
     BK: int  # columns of queries and keys per program
     BV: int  # columns of values per program
@@ -1531,7 +1538,7 @@ class _Config:
 
     def __post_init__(self):
         tile = self.C, self.BK, self.BV
-        assert all(16 <= size <= 128 and size & (size - 1) == 0 for size in tile), tile
+        assert all(size & (size - 1) == 0 for size in tile) and self.BK * self.BV <= 128**2, tile
 
 
 def _config(arch, num_sms, K, V, dtype, B, H, T, n, fused):
@@ -1672,11 +1679,11 @@ def _in_place(call, arrays):
     return jax.tree.unflatten(jax.tree.structure(out), results)
 
 
-def _params(op, x, B, segments=None, length=0, items=1, per_segment=0, swapped=False, **more):
+def _params(op, x, B, segments=None, length=0, items=1, per_segment=0, **more):
     """The `_Params` of a launch, and its work items of `length` tokens each. A plain batch has
     `items` per row, which kernels compute."""
     flags = _Flags.REVERSE * op.reverse | _Flags.DECAY_AFTER_READ * op.after_read
-    flags |= _Flags.SWAPPED * swapped | _Flags.FINAL_STATE * op.final_state
+    flags |= _Flags.SWAPPED * op.swapped | _Flags.FINAL_STATE * op.final_state
     T, work_items = x.v.shape[1], x.untouched  # plain batches read no items
     if segments:
         more |= dict(splits=segments.splits, splits_per_segment=segments.splits_per_segment)
@@ -1693,26 +1700,20 @@ def _params(op, x, B, segments=None, length=0, items=1, per_segment=0, swapped=F
     return _Params(length=length, items=items, **more), work_items
 
 
-def _scan_triton(op, x, swapped=False):
-    """The scan by kernels; results as `_scan`'s. `swapped`: the states of splits are summed with k
-    and v exchanged. If K = V, the states of a scan and of its transpose then are equal launches, of
-    which XLA makes one."""
+def _scan_triton(op, x):
+    """The scan by kernels; results as `_scan`'s."""
     B, T, H, K, V, n = _sizes(x)
     fused, itemsize = x.q2 is not None, x.q.dtype.itemsize
     arch, num_sms = _gpu() or ("sm_80", 108)  # without a GPU the launch is traced, never lowered
     config = _config(arch, num_sms, K, V, x.q.dtype, B, H, T, n, fused)
     one_tile = max(K, V) <= config.BK == config.BV
     if fused and not (config.kernel is _hopper_kernel and one_tile):
-        # B is read off the operands: with g in B rows, a scan without q or q2 has B rows as well
-        same_rows = x.q.shape[0] == x.q2.shape[0]
-        x = x if same_rows else x._replace(g=jnp.broadcast_to(x.g, (B, H)))
-        o, s, _ = _scan_triton(op, x._replace(q2=None))
-        stateless = dataclasses.replace(op, final_state=False)
-        o2, *_ = _scan_triton(stateless, x.transposed(x.q2), swapped=True)
-        return o, s, o2
+        return _two_scans(_scan_triton, op, x)
     if T == 1 and x.cu_seqlens is None and not op.only_state:
-        return _launch_step(op, x, B)
-    states_of = (x.v, x.k) if swapped else (x.k, x.v)
+        BK = _next_power_of_2(K)
+        tile = dict(C=1, BK=BK, BV=min(_next_power_of_2(V), max(16, 8192 // BK)))
+        config = dataclasses.replace(config, kernel=_step_kernel, num_warps=4, num_stages=1, **tile)
+    states_of = (x.v, x.k) if op.swapped else (x.k, x.v)
     states_K, states_V = (a.shape[3] for a in states_of)
     # A pack of so many sequences is not cut, so that its states stay in place: they cost more than
     # its longest sequence could.
@@ -1727,7 +1728,7 @@ def _scan_triton(op, x, swapped=False):
         s_in = _launch_states(op, config, segments, states_x, B, precision)
     if op.only_state:
         return None, _state_after(segments, s_in, x.g, T), None
-    return _launch_scan(op, config, segments, x, B, s_in, swapped, precision)
+    return _launch_scan(op, config, segments, x, B, s_in, precision)
 
 
 def _updates_state(op, x, B):
@@ -1742,28 +1743,13 @@ def _outputs(op, B, T, H, K, V, n, dtype, fused=False):
     return states if op.final_state else None, o, o2 if fused else None
 
 
-def _launch_step(op, x, B):
-    """The scan of plain batch rows of one token; results as `_scan`'s."""
-    _, T, H, K, V, n = _sizes(x)
-    BK = _next_power_of_2(K)
-    BV = min(_next_power_of_2(V), max(16, 8192 // BK))
-    has_s0, unwritten = x.s0 is not None, () if op.final_state else (x.untouched,)
-    s, o, o2 = _launch(
-        _step_kernel, x.s0 if has_s0 else x.untouched, x.q, x.k, x.v, x.g, *unwritten,
-        out=_outputs(op, B, T, H, K, V, n, x.q.dtype), in_place=_updates_state(op, x, B),
-        programs=B * H * -(-V // BV), params=_params(op, x, B)[0],
-        K=K, V=V, BK=BK, BV=BV, HAS_S0=has_s0, num_warps=4, num_stages=1,
-    )  # fmt: skip
-    return o, s, o2
-
-
 def _launch_states(op, config, segments, x, B, precision):
     """The states of splits [B, splits, H, V, K], where K and V are the columns of x.k and x.v. The
     last split of each segment has the state that the next segment starts from, without s0, unless
     only states are wanted."""
     H, K, V, varlen = x.g.shape[1], x.k.shape[3], x.v.shape[3], x.cu_seqlens is not None
     # a scan and its transpose give equal parameters, because nothing here depends on q and s
-    op, splits = dataclasses.replace(op, final_state=False), segments.splits
+    op, splits = dataclasses.replace(op, final_state=False, swapped=False), segments.splits
     per_segment = segments.splits_per_segment
     params, work_items = _params(op, x, B, segments, segments.split, splits, per_segment)
     shape = jax.ShapeDtypeStruct((B, splits, H, V, K), jnp.float32)
@@ -1794,14 +1780,12 @@ def _state_after(segments, states, g, T):
     return jnp.einsum("bzhvk,bhz->bhkv", states, weight, precision="highest")[:, None]
 
 
-def _launch_scan(op, config, segments, x, B, s_in, swapped, precision):
+def _launch_scan(op, config, segments, x, B, s_in, precision):
     """The scan of all segments, from their states s_in; results as `_scan`'s."""
     _, T, H, K, V, n = _sizes(x)
     varlen, has_s0, fused = x.cu_seqlens is not None, x.s0 is not None, x.q2 is not None
     count = _count_items(T, 1, segments.length)
-    params, work_items = _params(
-        op, x, B, segments, segments.length, count, swapped=swapped, sequences=n
-    )
+    params, work_items = _params(op, x, B, segments, segments.length, count, sequences=n)
     arrays = x.q, x.k, x.v
     if config.kernel is _hopper_kernel:
         # kernels that make descriptors need scratch memory, which CUDA graphs do not provide
@@ -2200,6 +2184,8 @@ def _states_around(op, axes, T, state, g, s0):
 # Messages are "argument: expected ..., got ...". A check of values must not wait for a device while
 # something is traced, so it looks only at concrete values.
 
+_LAYOUT = ", where query is [batch, seq_len, num_heads, qk_head_dim]"
+
 
 def _qkv(query, key, value):
     """q, k and v, checked."""
@@ -2230,14 +2216,13 @@ def _qkv(query, key, value):
 
 def _log_decays(q, layer_idx, num_layers, g_gamma):
     """The log decay of each head, [H]."""
-    _, T, H, _ = q.shape
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    H, dtype = q.shape[2], jnp.promote_types(q.dtype, jnp.float32)
     if g_gamma is None:
         g = lightning_g_gamma(H, layer_idx, num_layers, dtype)
     elif layer_idx is not None or num_layers is not None:
         raise ValueError("g_gamma: expected either g_gamma or layer_idx and num_layers, got both")
     else:
-        g = _array("g_gamma", g_gamma, (H,), jnp.floating, _layout_hint(g_gamma, 0, T, H))
+        g = _array("g_gamma", g_gamma, (H,), jnp.floating, _LAYOUT)
         if (value := _known(g_gamma)) is not None and not (value <= 0).all():
             raise ValueError(f"g_gamma: expected log decays <= 0, got {value.max()}")
     # Decays that could not be checked must not grow. (jnp.minimum would halve the gradient at 0.)
@@ -2248,12 +2233,6 @@ def _log_decays(q, layer_idx, num_layers, g_gamma):
 
 def _layer(layer_idx, num_layers):
     """`layer_idx` and `num_layers`, checked: as ints if they are concrete."""
-    x = layer_idx = _unwrapped(layer_idx)
-    if isinstance(x, (jax.Array, np.ndarray)) and jnp.issubdtype(x.dtype, jnp.floating) and x.ndim:
-        raise TypeError(
-            f"layer_idx: expected an integer, got an array of {x.dtype} and shape {x.shape}: "
-            "log decays are given by name, as g_gamma="
-        )
     for name, x in ("layer_idx", layer_idx), ("num_layers", num_layers):
         if x is None:
             raise ValueError(
@@ -2310,9 +2289,7 @@ def _boundaries(cu_seqlens, q):
     if (known := _known(cu_seqlens)) is not None:
         value = [int(x) for x in known]
         if value[0] != 0:
-            lengths = min(value) >= 0 and sum(value) == T
-            hint = ". These look like lengths: it takes boundaries, not lengths" if lengths else ""
-            raise ValueError(f"cu_seqlens: expected to start at 0, got {value[0]} in {known}{hint}")
+            raise ValueError(f"cu_seqlens: expected boundaries that start at 0, got {known}")
         if any(a > b for a, b in itertools.pairwise(value)):
             raise ValueError(f"cu_seqlens: expected boundaries that do not decrease, got {known}")
         if isinstance(T, int) and value[-1] > T:  # of a symbolic length that is not known
@@ -2324,10 +2301,10 @@ def _initial_state(s0, q, v, cu_seqlens):
     """The initial states in the dtype of states, or None."""
     if s0 is None:
         return None
-    (n, T, H, K), V, first = q.shape, v.shape[3], "batch"
+    (n, _, H, K), V = q.shape, v.shape[3]
+    hint = f": a state per batch row{_LAYOUT}"
     if cu_seqlens is not None:
-        n, first = cu_seqlens.shape[0] - 1, "number of packed sequences"
-    hint = _layout_hint(s0, 1, T, H) or f". The first size is the {first}"
+        n, hint = cu_seqlens.shape[0] - 1, ": a state per packed sequence"
     s0 = _array("initial_state", s0, (n, H, K, V), jnp.floating, hint)
     return s0.astype(jnp.promote_types(q.dtype, jnp.float32))
 
@@ -2437,15 +2414,3 @@ def _known(x):
         return None
     # An operation on a concrete array gives a tracer while a jit is traced.
     return None if isinstance(lax.neg(x), jax.core.Tracer) else jax.device_get(x)
-
-
-def _layout_hint(x, axis, T, H):
-    """What to add to a message if `x` has as many heads, along `axis`, as query has tokens: then
-    query is [B, H, T, D]."""
-    shape = getattr(x, "shape", ())
-    if len(shape) != (4 if axis else 1) or shape[axis] != T or T in (1, H):
-        return ""
-    return (
-        ". query is [batch, seq_len, num_heads, head_dim], so here "
-        f"seq_len is {T} and num_heads {H}"
-    )
