@@ -644,6 +644,14 @@ def _put_rows(x, index, rows):
     return jax.vmap(lambda x, i, y: x.at[i].set(y, mode="drop"))(x, index, rows)
 
 
+def _decayed_sum(states, g, ages):
+    """The sum of states [N, B, n, H, K, V], decayed by their ages in tokens, [N]. States of
+    negative age count as 0."""
+    age = ages[:, None, None]
+    weight = jnp.where(age >= 0, jnp.exp(g * jnp.maximum(age, 0)), 0)  # [N, B | 1, H]
+    return (weight[:, :, None, :, None, None] * states).sum(0)
+
+
 def _transposed(s):
     return None if s is None else jnp.swapaxes(s, -1, -2)
 
@@ -1727,20 +1735,15 @@ def _scan_triton(op, x):
         states_x = _Operands(None, *states_of, x.g, cu_seqlens=x.cu_seqlens)
         s_in = _launch_states(op, config, segments, states_x, B, precision)
     if op.only_state:
-        return None, _state_after(segments, s_in, x.g, T), None
+        after = T - segments.split * (1 + jnp.arange(segments.splits))  # tokens after each split
+        states = _transposed(jnp.moveaxis(s_in, 1, 0))[:, :, None]
+        return None, _decayed_sum(states, x.g, jnp.maximum(after, 0)), None
     return _launch_scan(op, config, segments, x, B, s_in, precision)
 
 
 def _updates_state(op, x, B):
     """Whether each initial state has a final state of its own, which may take its memory."""
     return x.s0 is not None and op.final_state and x.s0.shape[0] == B
-
-
-def _outputs(op, B, T, H, K, V, n, dtype, fused=False):
-    """What a scan's kernel writes: s, o and o2. A result that nobody reads is None."""
-    states = jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
-    o, o2 = (jax.ShapeDtypeStruct((B, T, H, D), dtype) for D in (V, K))
-    return states if op.final_state else None, o, o2 if fused else None
 
 
 def _launch_states(op, config, segments, x, B, precision):
@@ -1772,14 +1775,6 @@ def _launch_states(op, config, segments, x, B, precision):
     )  # fmt: skip
 
 
-def _state_after(segments, states, g, T):
-    """The state [B, 1, H, K, V] after T tokens, from those of splits [B, splits, H, V, K]."""
-    B, splits, H, *_ = states.shape
-    after = jnp.maximum(T - segments.split * (1 + jnp.arange(splits)), 0)  # tokens after each split
-    weight = jnp.broadcast_to(jnp.exp(g[..., None] * after), (B, H, splits))
-    return jnp.einsum("bzhvk,bhz->bhkv", states, weight, precision="highest")[:, None]
-
-
 def _launch_scan(op, config, segments, x, B, s_in, precision):
     """The scan of all segments, from their states s_in; results as `_scan`'s."""
     _, T, H, K, V, n = _sizes(x)
@@ -1802,10 +1797,12 @@ def _launch_scan(op, config, segments, x, B, s_in, precision):
         special |= {} if fused else {"o2": 0}  # the kernel does not touch o2 then
     else:
         special = {"num_stages": config.num_stages, "PRECISION": precision}
+    states = jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
+    o, o2 = (jax.ShapeDtypeStruct((B, T, H, D), x.q.dtype) for D in (V, K))
     unwritten = () if op.final_state else (x.untouched,)
     s, o, o2 = _launch(
         config.kernel, x.s0 if has_s0 else x.untouched, *arrays, x.g, s_in, work_items, *unwritten,
-        out=_outputs(op, B, T, H, K, V, n, x.q.dtype, fused),
+        out=(states if op.final_state else None, o, o2 if fused else None),
         # a program then loads its tiles of s0 before it stores those of s
         in_place=_updates_state(op, x, B) and not segments.splits,
         programs=B * H * params.items * -(-V // config.BV), params=params,
@@ -2171,10 +2168,7 @@ def _states_around(op, axes, T, state, g, s0):
 
     def after(devices_before):  # the state after `devices_before` devices, s0 included
         age = devices_before - 1 + first - jnp.arange(every.shape[0])
-        decay = jnp.exp(g[..., None] * T * jnp.maximum(age, 0))
-        weight = jnp.where(age >= 0, decay, 0)  # [B | 1, H, devices (+ 1)]
-        weight = jnp.broadcast_to(weight, (state.shape[0], *weight.shape[1:]))
-        return jnp.einsum("bhd,dbnhkv->bnhkv", weight, every, precision="highest")
+        return _decayed_sum(every, g * T, age)
 
     return after(place), after(devices)
 
@@ -2274,12 +2268,8 @@ def _boundaries(cu_seqlens, q):
     B, T = q.shape[:2]
     if isinstance(cu_seqlens, (list, tuple)):
         listed = [_scalar("cu_seqlens", x) for x in cu_seqlens]
-        if not all(isinstance(x, int) and abs(x) < 2**63 for x in listed):
-            raise TypeError(
-                f"cu_seqlens: expected an array or a list of 64-bit numbers, got {cu_seqlens!r}. "
-                "For traced numbers write jnp.array([...]) or jnp.stack([...])"
-            )
-        cu_seqlens = np.array(listed, np.int64)
+        traced = not all(isinstance(x, int) for x in listed)
+        cu_seqlens = jnp.array(listed) if traced else np.array(listed)
     # Its values are read before they become int32, which would wrap large ones.
     array = _array("cu_seqlens", cu_seqlens, ("num_seqs + 1",), jnp.integer)
     if B != 1:

@@ -2019,8 +2019,8 @@ def wrong_calls():
             (np.zeros((2, 2), "int32"), V, "shape [num_seqs + 1], got (2, 2)"),
             (cu(0, 8, dtype="float32"), T, "integers, got float32"),
             (["0", "8"], T, "an integer, got '0'"), ([0, [1, 8]], T, "an integer, got [1, 8]"),
-            ([0, 2**70], T, "64-bit numbers, got [0, 1180591620717411303424]"),
-            ([0, np.uint64(2**63)], T, "64-bit numbers, got [0, np.uint64(92"),
+            ([0, 2**70], T, "integers, got object"),
+            ([0, np.uint64(2**63)], T, "integers, got float64"),
             (cu(0), V, "at least 2 boundaries, got 1"),
             (cu(3, 5), V, "boundaries that start at 0, got [3 5]"),
             (cu(0, 5, 3), V, "boundaries that do not decrease, got [0 5 3]"),
@@ -2071,8 +2071,10 @@ def test_numbers_of_any_make():
     last = lambda i: lightning_g_gamma(4, i, 99, "bfloat16")
     assert_close(jax.jit(last)(98), last(98), 4e-3)
     listed, array = (np.int64(0), jnp.int32(3), np.array(8)), np.array([0, 3, 8])
+    want = f(1, 4, cu_seqlens=jnp.array([0, 3, 8]))
     for cu in [0, 3, 8], listed, array, array.astype("uint64"), jnp.array([0, 3, 8], "int8"):
-        assert_close(f(1, 4, cu_seqlens=cu), f(1, 4, cu_seqlens=jnp.array([0, 3, 8])))
+        assert_close(f(1, 4, cu_seqlens=cu), want)
+    assert_close(jax.jit(lambda n: f(1, 4, cu_seqlens=[0, n, 8]))(3), want)
 
 
 class Wrapped:
@@ -2110,7 +2112,6 @@ def test_wrong_calls_of_what_is_traced():
     axis = "seq_axis: expected the name of an axis of a shard_map around this call, .*, got "
     on = dict(mesh=mesh_of(AUTO, s=1), in_specs=P(), out_specs=P())
     for error, words, call in [
-        (TypeError, r"cu_seqlens: .*\[\.\.\.\]\)", lambda n: f(cu_seqlens=[0, n, 8])),
         (TypeError, "reverse: expected True or False, got .*static", lambda r: f(reverse=r)),
         (ValueError, "num_heads: .* static .*Tracer", lambda H: lightning_g_gamma(H, 0, 1)),
         (ValueError, "got -1 of a traced number", lambda n: lightning_g_gamma(4, -1, n)),
