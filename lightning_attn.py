@@ -1218,7 +1218,10 @@ def _decayed_values(vs, k_decay, dtype: gl.constexpr, layout: gl.constexpr):
 
 
 @_gluon
-def _start_products(x, scores, S, D, q_decay, k_decay, s_decay, LO: gl.constexpr, LP: gl.constexpr):
+def _start_products(
+    x, scores, S, D, q_decay, k_decay, s_decay,
+    LO: gl.constexpr, LP: gl.constexpr, K_BLOCKS: gl.constexpr,
+):  # fmt: skip
     """Starts the products of a chunk. o^T and S'^T are still being summed when it returns, in this
     order. Also returns their operands in registers, to keep them alive until the wait."""
     C: gl.constexpr = x.k.shape[0]
@@ -1234,6 +1237,8 @@ def _start_products(x, scores, S, D, q_decay, k_decay, s_decay, LO: gl.constexpr
     O = hopper.warpgroup_mma(Sb, qt, zero_o, use_acc=False, is_async=True)  # [BV, BK] x [BK, C]
     P = hopper.warpgroup_mma_wait(1, [P])  # O is still being summed
     scores.store((P * D).to(dtype))
+    if K_BLOCKS:  # earlier outputs take registers: this wait frees those of Sb for v
+        O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
     vt, vw = _decayed_values(x.v, k_decay, dtype, AS)
     vt = gl.convert_layout(vt, AO)
     O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])  # before O is scaled
@@ -1308,18 +1313,17 @@ def _zero_outside(x, t, valid, WARPS: gl.constexpr):
 
 @_gluon
 def _store_output(
-    o, buffer, O, k_block, t, tokens, stride, column,
-    DIM: gl.constexpr, WARPS: gl.constexpr, K_BLOCKS: gl.constexpr,
-):  # fmt: skip
-    """Stores O^T through a buffer [C, BD] in shared memory. Later K blocks add to earlier ones."""
+    o, buffer, O, earlier, t, tokens, stride, column, DIM: gl.constexpr, WARPS: gl.constexpr
+):
+    """Stores O^T, plus the outputs of `earlier` K blocks, through a buffer [C, BD] in shared
+    memory."""
     C: gl.constexpr = buffer.shape[0]
     BD: gl.constexpr = buffer.shape[1]
     at, inside = _tile_pointers(o, t, tokens, stride, column, DIM, C, BD, WARPS)
     buffer.permute((1, 0)).store(O.to(buffer.dtype))
     out = buffer.load(_coalesced(BD, WARPS))
-    if K_BLOCKS:
-        old = gl.load(at, mask=inside & (k_block > 0), other=0.0)
-        out = (out.to(gl.float32) + old.to(gl.float32)).to(out.dtype)
+    if earlier is not None:
+        out = (out.to(gl.float32) + earlier.to(gl.float32)).to(out.dtype)
     gl.store(at, out, mask=inside)
 
 
@@ -1458,23 +1462,25 @@ def _hopper_kernel(
                     x, scores, q2_scores, Sb, S, D, q_decay, k_decay, s_decay, LO, LP
                 )
                 O = hopper.warpgroup_mma_wait(2, [O])
-                _store_output(
-                    o, out, O, k_block, t, work.item.tokens, p.H * V, v_column, V, WARPS, False
-                )
+                _store_output(o, out, O, None, t, work.item.tokens, p.H * V, v_column, V, WARPS)
                 O2 = hopper.warpgroup_mma_wait(1, [O2])
-                _store_output(
-                    o2, o2_out, O2, k_block, t, work.item.tokens, p.H * K, 0, K, WARPS, False
-                )
+                _store_output(o2, o2_out, O2, None, t, work.item.tokens, p.H * K, 0, K, WARPS)
             else:
-                O, vt, S, vw = _start_products(x, scores, S, D, q_decay, k_decay, s_decay, LO, LP)
+                O, vt, S, vw = _start_products(
+                    x, scores, S, D, q_decay, k_decay, s_decay, LO, LP, NK > 1
+                )
+                earlier = None
+                if NK > 1:  # loaded while O is summed
+                    at, inside = _tile_pointers(
+                        o, t, work.item.tokens, p.H * V, v_column, V, C, BV, WARPS
+                    )
+                    earlier = gl.load(at, mask=inside & (k_block > 0), other=0.0)
                 _start_loads(
                     arrays, buffers, full, c - 1 + STAGES, STAGES, loaded, ahead,
                     rows, heads, k_column, v_column, STAGES, FUSED,
                 )  # fmt: skip
                 O, vt = hopper.warpgroup_mma_wait(1, [O, vt])
-                _store_output(
-                    o, out, O, k_block, t, work.item.tokens, p.H * V, v_column, V, WARPS, NK > 1
-                )
+                _store_output(o, out, O, earlier, t, work.item.tokens, p.H * V, v_column, V, WARPS)
             S, vw = hopper.warpgroup_mma_wait(0, [S, vw])
             t += step
             c += 1
@@ -1736,8 +1742,8 @@ def _scan_triton(op, x):
         s_in = _launch_states(op, config, segments, states_x, B, precision)
     if op.only_state:
         after = T - segments.split * (1 + jnp.arange(segments.splits))  # tokens after each split
-        states = _transposed(jnp.moveaxis(s_in, 1, 0))[:, :, None]
-        return None, _decayed_sum(states, x.g, jnp.maximum(after, 0)), None
+        states = jnp.moveaxis(s_in, 1, 0)[:, :, None]
+        return None, _transposed(_decayed_sum(states, x.g, jnp.maximum(after, 0))), None
     return _launch_scan(op, config, segments, x, B, s_in, precision)
 
 
