@@ -29,7 +29,7 @@ Glossary
     q2, o2        queries that read S^T; what they read. fused: both scans in one
     P, D          scores q_i.k_j D_ij of a chunk; decay, scale and causal mask. In kernels [j, i]
     i, j          a query and a key of a chunk. Scan order: last token first, if reverse
-    c, C, rank    a chunk, one step of a loop; its tokens; a token's index in it, in scan order
+    c, C, rank    a chunk, one step of a loop; its length; a token's index in it, in scan order
     segment       tokens that one program scans
     split         part of a segment. The states of splits are summed in parallel
     work item     the tokens of a chunk, a segment or a split (`_WorkItem`)
@@ -39,7 +39,6 @@ Glossary
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 import itertools
 import math
@@ -243,7 +242,7 @@ def lightning_attn(
     if axes is None:
         o, s, _ = _attend(op, _pcast(x, _varying(x)))
     else:
-        varying = _varying(q, k, v)
+        varying = _varying(x)
         qkv = _pcast((q, k, v), varying | set(axes))
         o, s = _attend_across(op, axes, _Operands(*qkv, x.g, _pcast(s0, varying - set(axes))))
     # not s[0]: the transpose of an index forgets an Explicit mesh axis of size 1
@@ -358,22 +357,23 @@ def _work_items(T, cu_seqlens, length, reverse=False, per_segment=0, of_sequence
     sequences have items."""
     bounds, is_sequence = _intervals(T, cu_seqlens)
     tokens, intervals = bounds[1:] - bounds[:-1], is_sequence.shape[0]
-    count = -(-tokens // (length * max(per_segment, 1)))
+    count = -(-tokens // (length * max(per_segment, 1)))  # items of each interval
     count = jnp.where(is_sequence, count, 0) if of_sequences else jnp.maximum(count, 1)
     count = (count - 1) * per_segment if per_segment else count
     ends = jnp.cumsum(count)
     R = _count_items(T, intervals - 2 * of_sequences, length, per_segment, of_sequences)
     item = jnp.arange(R)
     of = jnp.cumsum(jnp.zeros(R, jnp.int32).at[ends].add(1, mode="drop"))  # each item's interval
+    # unused items count as the last interval's, which is no sequence
     used, of = of < intervals, jnp.minimum(of, intervals - 1)
     before = item - (ends - count)[of]
-    tokens = jnp.clip(tokens[of] - before * length, 0, length)
-    first, end = bounds[of] + before * length, bounds[1:][of] - before * length
+    done = before * length  # tokens of its interval before the item, in scan order
+    tokens = jnp.clip(tokens[of] - done, 0, length)
     columns = _WorkItem(
-        first=end - tokens if reverse else first,
+        first=bounds[of + 1] - done - tokens if reverse else bounds[of] + done,
         tokens=jnp.where(used, tokens, -1),
-        valid=jnp.where(used & is_sequence[of], tokens, 0),
-        sequence=jnp.where((of > 0) & (of < intervals - 1), of - 1, -1),
+        valid=jnp.where(is_sequence[of], tokens, 0),
+        sequence=jnp.where(is_sequence[of], of - 1, -1),
         items_before=before,
         items_after=count[of] - 1 - before,
         slot=item - of,
@@ -385,7 +385,7 @@ def _count_items(T, intervals, length, per_segment=0, of_sequences=False):
     """How many work items T tokens have at most."""
     if per_segment:
         return (T - 1) // (length * per_segment) * per_segment
-    if of_sequences or intervals == 1:  # the last token of each interval starts no further item
+    if of_sequences or intervals == 1:  # the sum of ceil(t / length) over intervals of t >= 1
         return (T - intervals) // length + intervals
     return T // length + intervals
 
@@ -403,7 +403,7 @@ def _batched_work_items(T, cu_seqlens, *static):
 # is a scan over them. That a head's decay is the same for all tokens is used by the powers of
 # e^g, the splits that vanish, state passing, `_decay_gradient` and `seq_axis`.
 #
-#     _scan(op, operands) -> o [B, T, H, V], s [B, n, H, K, V] | None, o2 [B, T, H, K] | None
+#     _scan(op)(operands) -> o [B, T, H, V], s [B, n, H, K, V] | None, o2 [B, T, H, K] | None
 #
 # An operand may have one row instead of B: then all rows share that row. q, k, v and q2 may have
 # fewer heads than the decay: then groups of the decay's heads share each of them. A forward scan
@@ -645,8 +645,8 @@ def _put_rows(x, index, rows):
 
 
 def _decayed_sum(states, g, ages):
-    """The sum of states [N, B, n, H, K, V], decayed by their ages in tokens, [N]. States of
-    negative age count as 0."""
+    """The sum of states [N, B, n, H, K, V], each times e^{g age}. A state of negative age counts
+    as 0."""
     age = ages[:, None, None]
     weight = jnp.where(age >= 0, jnp.exp(g * jnp.maximum(age, 0)), 0)  # [N, B | 1, H]
     return (weight[:, :, None, :, None, None] * states).sum(0)
@@ -673,8 +673,8 @@ def _transposed(s):
 def _attend(op, x):
     """The scan with its gradients. Outside of shard_map a symbolic zero tells the gradients that a
     result is not used. shard_map does not know symbolic zeros: zeros come instead."""
-    inside = jax.sharding.get_abstract_mesh().manual_axes
-    return (_attend_inside if inside else _attend_outside)(op, x)
+    in_shard_map = jax.sharding.get_abstract_mesh().manual_axes
+    return (_attend_inside if in_shard_map else _attend_outside)(op, x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -687,7 +687,7 @@ def _forward(op, x):
     out = PartitionSpec(rows, None, next((names for names in heads if names is not None), None))
     wanted = not op.only_state, op.final_state, x.q2 is not None
     out = tuple(out if is_wanted else None for is_wanted in wanted)
-    return _in_auto_mode(functools.partial(_scan, op), (x,), out)
+    return _in_auto_mode(_scan(op), (x,), out)
 
 
 def _attend_fwd(op, x):
@@ -710,7 +710,6 @@ def _attend_bwd(op, saved, cotangents):
     return jax.vjp(two_scans, x)[1](jax.tree.map(zeros, cotangents))
 
 
-# outside of shard_map, and inside
 _attend_outside, _attend_inside = (jax.custom_vjp(_forward, nondiff_argnums=(0,)) for _ in range(2))
 _attend_outside.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 _attend_inside.defvjp(lambda op, x: (_attend(op, x), (x, ())), _attend_bwd)
@@ -732,6 +731,7 @@ def _two_scans(scan, op, x):
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(op, x, wants_dg, do, ds):
     """The cotangents of the operands, for those of o and s, of which each may be None."""
+    wants_dg = wants_dg if x.q.size and x.v.size else None  # without tokens nothing decays
     specs = jax.tree.map(_spec, x._replace(cu_seqlens=None))
     specs = specs if wants_dg is not None else specs._replace(g=None)
     return _in_auto_mode(functools.partial(_gradients_by_scans, op), (x, wants_dg, do, ds), specs)
@@ -741,10 +741,10 @@ def _gradients_by_scans(op, x, wants_dg, do, ds):
     if do is None:
         do = jnp.zeros((*x.q.shape[:2], x.g.shape[1], x.v.shape[3]), x.v.dtype)
     # The scans sum over the heads that share a head of q, k or v, because a scan knows the heads of
-    # its device. In a shard_map, or with one shared head, results keep all H heads, and
-    # `_sum_heads` sums them below.
-    H, inside = x.g.shape[1], jax.sharding.get_abstract_mesh().manual_axes
-    group_of = lambda heads: 1 if inside or heads == 1 else H // heads
+    # its device. In a shard_map the scan does not know its device, and one shared head is on all
+    # devices: there results keep all H heads, and `_sum_heads` sums them below.
+    H, manual = x.g.shape[1], jax.sharding.get_abstract_mesh().manual_axes
+    group_of = lambda heads: 1 if manual or heads == 1 else H // heads
     q_group, k_group, v_group = (group_of(a.shape[2]) for a in x[:3])
     op = dataclasses.replace(op, only_state=False, final_state=False, o_group=q_group, name="dq")
     back = dataclasses.replace(op.adjoint(), final_state=x.s0 is not None, name="dk_dv")
@@ -777,9 +777,6 @@ def _decay_gradient(op, x, do, ds):
     """The gradient of g for cotangents do and ds (or None), [B, H], in forward mode. No head reads
     another's decay, so one derivative in the direction of all decays has that of each head. Reverse
     mode would sum t (q_t.dq_t - k_t.dk_t) over tokens t: noise, if a head forgets."""
-    if not (x.q.size and x.v.size):  # without tokens the final state is the initial state
-        B, _, H, *_ = _sizes(x)
-        return _pcast(jnp.zeros((B, H), x.g.dtype), _varying(x, do, ds))
     with jax.named_scope("lightning_attn_dg"):
         f = lambda g: _scan_xla(op, x._replace(g=g), do, ds)
         return jax.jvp(f, (x.g,), (jnp.ones_like(x.g),))[1]
@@ -818,22 +815,12 @@ LOG2_E = _constant(1.4426950408889634)  # kernels take powers of 2
 VANISHED = _constant(-150.0)  # 2 to this power is 0 in float32
 
 
-class _Flags(enum.IntFlag):
-    """How a kernel scans. Kernels read the bits at run time, so one binary serves every scan. The
-    bits share a number, because four numbers would take registers that the Hopper kernel lacks."""
-
-    REVERSE = 1
-    DECAY_AFTER_READ = 2  # see `_Op`
-    SWAPPED = 4  # s_in was summed with k and v exchanged: its states are [K, V]
-    FINAL_STATE = 8  # the final state is wanted
-
-
 class _Params(NamedTuple):
     """The numbers that a launch gives its kernel, in one plain tuple: jax-triton compiles another
     binary for an argument that is 1, but not for a number in a tuple."""
 
     scale: Any
-    flags: Any  # bits of `_Flags`
+    flags: Any  # see `_unpack_flags`
     T: Any  # tokens per batch row
     H: Any  # heads of decays and outputs. The heads of each operand divide H
     q_heads: Any = 1
@@ -849,7 +836,6 @@ class _Params(NamedTuple):
     sequences: Any = 1  # per batch row
     length: Any = 0  # tokens per work item
     items: Any = 1  # work items per batch row
-    walks: Any = 1  # of `_state_passing_kernel`, per batch row
     items_stride: Any = 0  # numbers from the work items of one batch row to the next, or 0
     splits: Any = 0  # per batch row, of segments with a successor; for `only_state` of all segments
     splits_per_segment: Any = 1
@@ -868,9 +854,11 @@ class _Work(NamedTuple):
 
 @_kernel
 def _unpack_flags(flags):
-    """The bits of `_Flags`, each 0 or 1."""
-    # Measured with Triton 3.9, not explained: with four % head dims above 128 take longer, with
-    # four & short sequences in float32 do.
+    """reverse, after_read, swapped and final_state of `_Op`, each 0 or 1. Kernels read them at run
+    time, so one binary serves every scan. They share a number, because four numbers would take
+    registers that the Hopper kernel lacks."""
+    # & once, and // % three times: with % alone head dims above 128 take longer, with & alone short
+    # sequences in float32 do (measured with Triton 3.9, not explained).
     return flags & 1, flags // 2 % 2, flags // 4 % 2, flags // 8 % 2
 
 
@@ -945,7 +933,7 @@ def _key_decays(g2, scale_k, tokens, rank, after_read):
 
 @_kernel
 def _load_state(
-    S, s_in, s0, ck, cv, work, swapped, g_length,
+    S, s_in, s0, ck, cv, work, swapped, g2_length,
     K: tl.constexpr, V: tl.constexpr, SEGMENTED: tl.constexpr, HAS_S0: tl.constexpr,
 ):  # fmt: skip
     """S^T [BV, BK] plus the state at the start of a segment: what the segments before it leave, and
@@ -960,9 +948,9 @@ def _load_state(
                 S += tl.load(s_in + (cv * K + ck), mask=inside, other=0.0)
     if HAS_S0:
         # the initial state of a sequence without valid tokens may hold anything
-        if tl.where(work.item.valid > 0, work.item.sequence, -1) >= 0:
+        if work.item.valid > 0:
             initial = tl.load(s0 + state, mask=inside, other=0.0)
-            S += tl.exp2(g_length * work.item.items_before) * initial
+            S += tl.exp2(g2_length * work.item.items_before) * initial
     return S
 
 
@@ -1053,15 +1041,16 @@ def _state_passing_kernel(
     i = tl.program_id(0)
     tile, i = i % NE, i // NE
     h, i = i % p.H, i // p.H
-    item, b = i % p.walks * SPLITS, (i // p.walks).to(tl.int64)
     segments = p.splits // SPLITS
+    walks = segments if IS_VARLEN else 1
+    item, b = i % walks * SPLITS, (i // walks).to(tl.int64)
     if IS_VARLEN:  # only the program of a sequence's first segment walks
         at = work_items + b * p.items_stride + item * 7
         tokens, before, after = tl.load(at + 1), tl.load(at + 4), tl.load(at + 5)
         segments = tl.where((tokens < 0) | (before > 0), 0, (after + 1) // SPLITS)
-    g_length = (tl.load(g + b * p.g_stride + h) * LOG2_E).to(tl.float32) * p.length
+    g2_length = (tl.load(g + b * p.g_stride + h) * LOG2_E).to(tl.float32) * p.length
     in_place = states.to(tl.int64, bitcast=True) == s_in.to(tl.int64, bitcast=True)
-    if (g_length <= VANISHED) & in_place:
+    if (g2_length <= VANISHED) & in_place:
         return  # nothing survives a split: the last split of a segment holds the result already
     j, e = tl.arange(0, SPLITS)[:, None], tile * BE + tl.arange(0, BE)
     offset = ((b * p.splits + item) * p.H + h) * E
@@ -1069,11 +1058,11 @@ def _state_passing_kernel(
     S = tl.full([BE], 0.0, tl.float32)
     # num_stages loads later segments ahead. That is safe: no state is loaded after it is stored.
     for _ in tl.range(0, segments, num_stages=3):
-        written = g_length * (SPLITS - 1 - j) > VANISHED  # as `_chunk_state_kernel` decides
+        written = g2_length * (SPLITS - 1 - j) > VANISHED  # as `_chunk_state_kernel` decides
         pointers = states + offset + j * stride + e[None, :]
         z = tl.load(pointers, mask=(e[None, :] < E) & written, other=0.0)  # [SPLITS, BE]
         offset += (SPLITS - 1) * stride
-        S = S * tl.exp2(g_length * SPLITS) + tl.sum(z * tl.exp2(g_length * (SPLITS - 1 - j)), 0)
+        S = S * tl.exp2(g2_length * SPLITS) + tl.sum(z * tl.exp2(g2_length * (SPLITS - 1 - j)), 0)
         tl.store(s_in + offset + e, S, mask=e < E)
         offset += stride
 
@@ -1157,9 +1146,9 @@ def _chunk_scan_kernel(
 #  1. loads     The tensor memory accelerator (TMA) fills a ring of STAGES >= 2 buffers, and runs up
 #               to STAGES - 1 chunks ahead. An mbarrier per buffer says when the buffer is full. The
 #               buffer of a chunk is filled again during the next chunk, after a `gl.barrier` that a
-#               warp reaches only when it has waited for the products of the chunk. Each load costs
-#               a barrier: the loads start beside products or, if FUSED, before them, because two
-#               buffers leave no time.
+#               warp reaches only when it has waited for the products of the chunk. Triton puts a
+#               barrier before each load: the loads start beside products or, if FUSED, before
+#               them, because two buffers leave no time.
 #  2. products  The scores P = k q^T and what queries read of the state, O = S^T q^T, start
 #               together. P is decayed and stored while O is summed. Then O += v^T P and
 #               S' = e^{g m} S + v^T k start together.
@@ -1167,18 +1156,19 @@ def _chunk_scan_kernel(
 #               S' is summed.
 #
 # Each warp owns 16 rows of S^T, o^T and o2^T. If FUSED, the kernel also scans with the transposed
-# state, which is the same registers: q2 reads o2, and k and v change places. One square tile must
+# state, which is the same registers: q2 reads S^T, and k and v change places. One square tile must
 # then hold all of K and V. Registers do not suffice to read S^T: a copy in shared memory is read.
 #
-# What limits the kernel, for C = 64, a tile of 128 x 128 and 256 threads: registers, 64 of S, 32 of
-# O, 16 each of P and D, and copies in 16 bits; and Hopper's 227 KiB of shared memory, 8 bytes for
-# each mbarrier and 2 bytes for each of STAGES C (2 BK + BV) + C C + C BV numbers or, if FUSED,
-# STAGES C (2 BK + 2 BV) + BK BV + 2 C C + C (BK + BV). The emulator in the test file models neither
-# these limits nor races between warps: compile every change, and run it under compute-sanitizer.
+# What limits the kernel, for C = 64, a tile of 128 x 128 and 256 threads: registers of a thread, 64
+# of S, 32 of O, 16 each of P and D, and copies in 16 bits; and Hopper's 227 KiB of shared memory, 8
+# bytes for each mbarrier and 2 bytes for each of STAGES C (2 BK + BV) + C C + C BV numbers or, if
+# FUSED, STAGES C (2 BK + 2 BV) + BK BV + 2 C C + C (BK + BV). The emulator in the test file models
+# neither these limits nor races between warps: compile every change, and run it under
+# compute-sanitizer.
 
 
 class _PerOperand(NamedTuple):
-    """A value per operand. Without q2, the value of v stands for that of q2."""
+    """A value per operand. Without q2, its tiles are those of v, and nothing reads its value."""
 
     q: Any
     k: Any
@@ -1191,15 +1181,13 @@ def _start_loads(
     arrays, buffers, full, c, first, last, t, rows, heads, k_column, v_column,
     STAGES: gl.constexpr, FUSED: gl.constexpr,
 ):  # fmt: skip
-    """Starts the loads of chunk c, at t of the segment, if c is one of first .. last. The mbarrier
-    counts their bytes."""
+    """Starts the loads of chunk c, at t of the segment, if first <= c < last. The mbarrier counts
+    their bytes."""
     if (c >= first) & (c < last):
         stage = c % STAGES
         bar = full.index(stage)
         bytes_qk: gl.constexpr = arrays.q.nbytes_per_cta + arrays.k.nbytes_per_cta
-        bytes_v_q2: gl.constexpr = arrays.v.nbytes_per_cta + (
-            arrays.q2.nbytes_per_cta if FUSED else 0
-        )
+        bytes_v_q2: gl.constexpr = arrays.v.nbytes_per_cta * (2 if FUSED else 1)
         hopper.mbarrier.expect(bar, bytes_qk + bytes_v_q2)
         q_at, k_at = [rows.q + t, heads.q, k_column], [rows.k + t, heads.k, k_column]
         v_at, q2_at = [rows.v + t, heads.v, v_column], [rows.q2 + t, heads.q2, v_column]
@@ -1208,13 +1196,6 @@ def _start_loads(
         hopper.tma.async_load(arrays.v, v_at, bar, buffers.v.index(stage))
         if FUSED:
             hopper.tma.async_load(arrays.q2, q2_at, bar, buffers.q2.index(stage))
-
-
-@_gluon
-def _decayed_values(vs, k_decay, dtype: gl.constexpr, layout: gl.constexpr):
-    """v^T [BV, C] in registers, as it is and with the decay of each key."""
-    vt = vs.permute((1, 0)).load(layout)
-    return vt, (vt.to(gl.float32) * k_decay[None, :]).to(dtype)
 
 
 @_gluon
@@ -1239,7 +1220,8 @@ def _start_products(
     scores.store((P * D).to(dtype))
     if K_BLOCKS:  # earlier outputs take registers: this wait frees those of Sb for v
         O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])
-    vt, vw = _decayed_values(x.v, k_decay, dtype, AS)
+    vt = x.v.permute((1, 0)).load(AS)
+    vw = (vt.to(gl.float32) * k_decay[None, :]).to(dtype)
     vt = gl.convert_layout(vt, AO)
     O, Sb = hopper.warpgroup_mma_wait(0, [O, Sb])  # before O is scaled
     gl.barrier()  # all warps have stored their scores (the compiler fences them)
@@ -1271,9 +1253,9 @@ def _start_fused_products(
     O2 = hopper.warpgroup_mma(St, q2t, zero_o, use_acc=False, is_async=True)  # [BK, BV] x [BV, C]
     O, P = hopper.warpgroup_mma_wait(1, [O, P])  # O2 is still being summed
     q2_scores.store((P * D).to(dtype))
-    _, vw = _decayed_values(x.v, k_decay, dtype, AS)
-    gl.barrier()  # all warps have stored their scores (the compiler fences them)
     vt, kt = x.v.permute((1, 0)), x.k.permute((1, 0))
+    vw = (vt.load(AS).to(gl.float32) * k_decay[None, :]).to(dtype)
+    gl.barrier()  # all warps have stored their scores (the compiler fences them)
     O = hopper.warpgroup_mma(vt, scores, O * q_decay[None, :], is_async=True)  # [BV, C] x [C, C]
     O2 = hopper.warpgroup_mma_wait(1, [O2])  # before O2 is scaled; O is being summed again
     # [BK, C] x [C, C]
@@ -1365,12 +1347,12 @@ def _hopper_kernel(
         h // (p.H // p.q_heads), h // (p.H // p.k_heads),
         h // (p.H // p.v_heads), h // (p.H // p.q2_heads),
     )  # fmt: skip
-    o += ((work.b * p.T + work.item.first) * p.H + h) * V
+    o += ((b * p.T + first) * p.H + h) * V
     if FUSED:
-        o2 += ((work.b * p.T + work.item.first) * p.H + h) * K
+        o2 += ((b * p.T + first) * p.H + h) * K
     s0 += _state_offset(work, p.s0_stride, p) * K * V
     s += _state_offset(work, p.sequences, p) * K * V
-    split_before = work.b * p.splits + work.item.slot * p.splits_per_segment - 1
+    split_before = b * p.splits + work.item.slot * p.splits_per_segment - 1
     s_in += (split_before * p.H + h) * K * V
 
     dtype: gl.constexpr = qd.dtype
@@ -1389,7 +1371,7 @@ def _hopper_kernel(
         vb = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BV], vd.layout)
         scores = gl.allocate_shared_memory(dtype, [C, C], flat)
         out = gl.allocate_shared_memory(dtype, [C, BV], flat)
-        q2b, Sb, q2_scores, o2_out = vb, scores, scores, out  # not used without FUSED
+        q2b = vb  # stands for it without FUSED
         if FUSED:
             q2b = gl.allocate_shared_memory(dtype, [STAGES, C, 1, BV], q2d.layout)
             Sb = gl.allocate_shared_memory(dtype, [BV, BK], flat)
@@ -1411,9 +1393,8 @@ def _hopper_kernel(
             )  # fmt: skip
 
         scale_q, scale_k = _scales(p.scale, after_read)
-        key: gl.constexpr = gl.SliceLayout(1, LP)
-        query: gl.constexpr = gl.SliceLayout(0, LP)
-        i, j = gl.arange(0, C, query)[None, :], gl.arange(0, C, key)[:, None]
+        i = gl.arange(0, C, gl.SliceLayout(0, LP))[None, :]
+        j = gl.arange(0, C, gl.SliceLayout(1, LP))[:, None]
         distance = direction * (i - j)
         first_rank = (C - 1) * reverse
         rank_q = first_rank + direction * gl.arange(0, C, gl.SliceLayout(0, LO))
@@ -1530,10 +1511,7 @@ def _step_kernel(
 
 STATES_CHUNK = 64  # tokens per chunk of `_chunk_state_kernel`
 SEGMENT = 512  # tokens that a segment has at least: its state must cost less than they do
-# KiB of shared memory per program
-_SHARED_MEMORY = dict(
-    sm_80=163, sm_87=163, sm_86=99, sm_89=99, sm_90=227, sm_100=227, sm_120=99, gfx942=64
-)
+_SHARED_MEMORY = dict(sm_80=163, sm_87=163, sm_90=227, sm_100=227)  # KiB per program, if not 99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1580,8 +1558,8 @@ def _config(arch, num_sms, K, V, dtype, B, H, T, n, fused):
         BK = max(BK, 64)
         # Half the values: the bounds are those of MiniMax-01's decays, with which segments read the
         # keys and values of most heads twice. The more programs there are, the longer they win.
-        segments = 4 if K > 128 else max(8, 2 * B * n * H // 3)
-        BV = narrow(max(BV, 64), 64, 2 * SEGMENT - 1 if fused else segments * SEGMENT)
+        longest = SEGMENT * (4 if K > 128 else max(8, 2 * B * n * H // 3))
+        BV = narrow(max(BV, 64), 64, 2 * SEGMENT - 1 if fused else longest)
         stages = 2 if fused else 4
         programs = 2 if BK == BV == 64 else 1  # by shared memory
         warps = BV // 16  # 16 rows for each warp
@@ -1620,9 +1598,9 @@ class _Segments:
     BV: int
 
 
-def _plan_segments(config, num_sms, itemsize, B, H, T, K, V, states_K, states_V, op, whole):
-    """The `_Segments` of B rows of T tokens, for head dims K and V. `_chunk_state_kernel` sees them
-    as `states_K` and `states_V`, which may be swapped. `whole`: rows are not cut."""
+def _plan_segments(config, num_sms, itemsize, B, H, T, K, V, op, whole):
+    """The `_Segments` of B rows of T tokens, for head dims K and V. `whole`: rows are not cut."""
+    states_K, states_V = (V, K) if op.swapped else (K, V)  # as `_chunk_state_kernel` sees them
     programs = B * H * -(-V // config.BV)
     # splits whose states take a seventh of the memory of q, k, v and o; the last segment has none
     most = itemsize * T * (K + V) // (14 * K * V)
@@ -1642,14 +1620,13 @@ def _plan_segments(config, num_sms, itemsize, B, H, T, K, V, states_K, states_V,
     return _Segments(split * splits, split, splits, _count_items(T, 1, split, splits), BK, BV)
 
 
-def _precision(op, arch):
+def _precision(asked, arch):
     """Triton's name for `jax.default_matmul_precision`, which names algorithms too. On NVIDIA GPUs
     names that are not listed here ask for more than one pass of TF32."""
     if arch.startswith("gfx"):
         return "ieee"
     fast = "default", "bfloat16", "tensorfloat32", "F16_F16_F16", "F16_F16_F32"
     fast += "BF16_BF16_BF16", "BF16_BF16_F32", "TF32_TF32_F32"
-    asked = op.precision
     return "tf32" if asked is None or asked in fast or asked.startswith("ANY_F8") else "tf32x3"
 
 
@@ -1693,24 +1670,22 @@ def _in_place(call, arrays):
     return jax.tree.unflatten(jax.tree.structure(out), results)
 
 
-def _params(op, x, B, segments=None, length=0, items=1, per_segment=0, **more):
+def _params(op, x, B, segments, length, items, per_segment=0, **more):
     """The `_Params` of a launch, and its work items of `length` tokens each. A plain batch has
     `items` per row, which kernels compute."""
-    flags = _Flags.REVERSE * op.reverse | _Flags.DECAY_AFTER_READ * op.after_read
-    flags |= _Flags.SWAPPED * op.swapped | _Flags.FINAL_STATE * op.final_state
+    flags = op.reverse + 2 * op.after_read + 4 * op.swapped + 8 * op.final_state
     T, work_items = x.v.shape[1], x.untouched  # plain batches read no items
-    if segments:
-        more |= dict(splits=segments.splits, splits_per_segment=segments.splits_per_segment)
-        if x.cu_seqlens is not None:
-            work_items = _batched_work_items(T, x.cu_seqlens, length, op.reverse, per_segment)
-            rows, items, columns = work_items.shape
-            more["items_stride"] = items * columns if rows > 1 else 0
+    if x.cu_seqlens is not None:
+        work_items = _batched_work_items(T, x.cu_seqlens, length, op.reverse, per_segment)
+        rows, items, columns = work_items.shape
+        more["items_stride"] = items * columns if rows > 1 else 0
     for name, a in x._asdict().items():
         if a is not None and f"{name}_stride" in _Params._fields:
             more[f"{name}_stride"] = a.shape[1] if a.shape[0] == B else 0
         if a is not None and f"{name}_heads" in _Params._fields:
             more[f"{name}_heads"] = a.shape[2]
-    more |= dict(scale=float(op.scale), flags=int(flags), T=T, H=x.g.shape[1])
+    more |= dict(splits=segments.splits, splits_per_segment=segments.splits_per_segment)
+    more |= dict(scale=float(op.scale), flags=flags, T=T, H=x.g.shape[1])
     return _Params(length=length, items=items, **more), work_items
 
 
@@ -1728,14 +1703,12 @@ def _scan_triton(op, x):
         tile = dict(C=1, BK=BK, BV=min(_next_power_of_2(V), max(16, 8192 // BK)))
         config = dataclasses.replace(config, kernel=_step_kernel, num_warps=4, num_stages=1, **tile)
     states_of = (x.v, x.k) if op.swapped else (x.k, x.v)
-    states_K, states_V = (a.shape[3] for a in states_of)
-    # A pack of so many sequences is not cut, so that its states stay in place: they cost more than
-    # its longest sequence could.
-    whole = _updates_state(op, x, B) and T <= n * H
-    segments = _plan_segments(
-        config, num_sms, itemsize, B, H, T, K, V, states_K, states_V, op, whole
-    )
-    precision = _precision(op, arch)
+    # A pack of so many sequences is not cut, so that its states stay in place: to copy n H states
+    # costs more than to scan T <= n H tokens uncut.
+    in_place = x.s0 is not None and op.final_state and x.s0.shape[0] == B
+    whole = in_place and T <= n * H
+    segments = _plan_segments(config, num_sms, itemsize, B, H, T, K, V, op, whole)
+    precision = _precision(op.precision, arch)
     s_in = x.untouched
     if segments.splits:
         states_x = _Operands(None, *states_of, x.g, cu_seqlens=x.cu_seqlens)
@@ -1744,12 +1717,8 @@ def _scan_triton(op, x):
         after = T - segments.split * (1 + jnp.arange(segments.splits))  # tokens after each split
         states = jnp.moveaxis(s_in, 1, 0)[:, :, None]
         return None, _transposed(_decayed_sum(states, x.g, jnp.maximum(after, 0))), None
-    return _launch_scan(op, config, segments, x, B, s_in, precision)
-
-
-def _updates_state(op, x, B):
-    """Whether each initial state has a final state of its own, which may take its memory."""
-    return x.s0 is not None and op.final_state and x.s0.shape[0] == B
+    in_place &= not segments.splits  # then a program loads its tiles of s0 before it stores s
+    return _launch_scan(op, config, segments, x, s_in, precision, in_place)
 
 
 def _launch_states(op, config, segments, x, B, precision):
@@ -1775,15 +1744,14 @@ def _launch_states(op, config, segments, x, B, precision):
     walks = splits // per_segment if varlen else 1
     return _launch(
         _state_passing_kernel, states, x.g, work_items,
-        out=shape, in_place=True, programs=B * walks * H * -(-K * V // BE),
-        params=params._replace(walks=walks),
+        out=shape, in_place=True, programs=B * walks * H * -(-K * V // BE), params=params,
         SPLITS=per_segment, E=K * V, BE=BE, IS_VARLEN=varlen, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
-def _launch_scan(op, config, segments, x, B, s_in, precision):
+def _launch_scan(op, config, segments, x, s_in, precision, in_place):
     """The scan of all segments, from their states s_in; results as `_scan`'s."""
-    _, T, H, K, V, n = _sizes(x)
+    B, T, H, K, V, n = _sizes(x)
     varlen, has_s0, fused = x.cu_seqlens is not None, x.s0 is not None, x.q2 is not None
     count = _count_items(T, 1, segments.length)
     params, work_items = _params(op, x, B, segments, segments.length, count, sequences=n)
@@ -1805,13 +1773,11 @@ def _launch_scan(op, config, segments, x, B, s_in, precision):
         special = {"num_stages": config.num_stages, "PRECISION": precision}
     states = jax.ShapeDtypeStruct((B, n, H, K, V), jnp.float32)
     o, o2 = (jax.ShapeDtypeStruct((B, T, H, D), x.q.dtype) for D in (V, K))
-    unwritten = () if op.final_state else (x.untouched,)
+    unwritten = () if op.final_state else (x.untouched,)  # in place of s, which is no output then
     s, o, o2 = _launch(
         config.kernel, x.s0 if has_s0 else x.untouched, *arrays, x.g, s_in, work_items, *unwritten,
         out=(states if op.final_state else None, o, o2 if fused else None),
-        # a program then loads its tiles of s0 before it stores those of s
-        in_place=_updates_state(op, x, B) and not segments.splits,
-        programs=B * H * params.items * -(-V // config.BV), params=params,
+        in_place=in_place, programs=B * H * params.items * -(-V // config.BV), params=params,
         K=K, V=V, BK=config.BK, BV=config.BV, C=config.C, IS_VARLEN=varlen,
         SEGMENTED=segments.splits > 0, HAS_S0=has_s0, num_warps=config.num_warps, **special,
     )  # fmt: skip
@@ -1827,17 +1793,14 @@ def _launch_scan(op, config, segments, x, B, s_in, precision):
 # - what makes operands anew: `_scan_triton` for the states, `_attend_across` and `_exchange`.
 
 
-def _scan(op, x):
-    """The entry point of every scan: adds the rules of vmap, sharding and platform. Returns o, s
-    and o2; s or o2 is None if it is not asked for."""
-    return _with_vmap_rule(op)(x)
-
-
 @functools.cache
-def _with_vmap_rule(op):
-    """The scan with a vmap rule: a mapped axis becomes a dim in front of the batch, of size 1 in
-    operands that are not mapped. `_dispatch` folds these dims, not this rule, because the compiler
-    cannot split the batch of a folded array."""
+def _scan(op):
+    """The entry point of every scan, with its rules of vmap, sharding and platform. `_scan(op)(x)`
+    returns o, s and o2, of which each may be None.
+
+    A mapped axis becomes a dim in front of the batch, of size 1 in operands that are not mapped.
+    `_dispatch` folds these dims, not this rule, because the compiler cannot split the batch of a
+    folded array."""
 
     @jax.custom_batching.custom_vmap
     def scan(x):
@@ -1847,20 +1810,21 @@ def _with_vmap_rule(op):
     def _(size, mapped, x):
         leaves, tree = jax.tree.flatten(x)
         leaves = [a if m else a[None] for a, m in zip(leaves, jax.tree.leaves(mapped), strict=True)]
-        results = _scan(op, jax.tree.unflatten(tree, leaves))
+        results = _scan(op)(jax.tree.unflatten(tree, leaves))
         return results, jax.tree.map(lambda _: True, results)
 
     return scan
 
 
 def _with_sharding_rule(op, x):
-    """The scan with a sharding rule: each device scans its own batch rows and heads. Only sums over
-    heads that devices share are sent."""
+    """The scan with a sharding rule: each device scans its own batch rows and heads. Devices send
+    only sums, of the gradients of key and value heads that they share."""
     mesh = _mesh_of(x)
-    free = math.prod(n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
+    auto_sizes = (n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
+    auto_devices = math.prod(auto_sizes)
     without_devices = not mesh.empty and mesh.abstract_device is None
     empty = not all(a.size for a in jax.tree.leaves(x))
-    if empty or without_devices or (mesh.manual_axes and free == 1):
+    if empty or without_devices or (mesh.manual_axes and auto_devices == 1):
         return _dispatch(op, x)
     # jit, because custom_partitioning takes no constants: jit makes closed-over constants its own
     scan = jax.jit(functools.partial(_dispatch, op))
@@ -1870,7 +1834,7 @@ def _with_sharding_rule(op, x):
     whole = tuple(dim for side in rule for named in side for dim in named if "whole" in dim)
     call = custom_partitioning(scan)
     call.def_partition(
-        functools.partial(_partition, op, dims, free if mesh.manual_axes else None),
+        functools.partial(_partition, op, dims, auto_devices if mesh.manual_axes else None),
         sharding_rule=" -> ".join(", ".join(map(" ".join, side)) for side in rule),
         need_replication_factors=whole,
         decode_shardings=False,  # JAX decodes whole mesh axes: the compiler may split parts of them
@@ -1880,30 +1844,28 @@ def _with_sharding_rule(op, x):
     return jax.tree.unflatten(jax.tree.structure(results), found)
 
 
-_run = jax.extend.core.jaxpr_as_fun
 _partitioned = jax.extend.core.Primitive("lightning_attn")
 _partitioned.multiple_results = True
 _partitioned.def_abstract_eval(lambda *_, plain, **__: plain.out_avals)
-_partitioned.def_impl(lambda *leaves, plain, **_: _run(plain)(*leaves))
+_partitioned.def_impl(lambda *leaves, plain, **_: jax.extend.core.jaxpr_as_fun(plain)(*leaves))
 
 
 def _lower_partitioned(context, *leaves, plain, by_rule, warns):
-    """Lowers a scan with its sharding rule, if Shardy is there to read the rule and JAX knows the
-    devices. In nested shard_maps JAX does not know them unless the mesh is set. Otherwise the
-    compiler finds its own way: a good way for plain JAX, but kernels gather."""
-    lower = lambda jaxpr: mlir.lower_fun(_run(jaxpr))(context, *leaves)
-    if not jax.config.jax_use_shardy_partitioner:
-        return lower(plain)
-    try:
-        return lower(by_rule)
-    except AttributeError as error:
-        if "AbstractMesh" not in str(error):  # which custom_partitioning asks for its devices
-            raise
-    if warns:
-        warnings.warn(
-            "lightning_attn: on GPUs this call gathers its operands, because JAX does not know the "
-            "devices of the mesh. Call with jax.set_mesh(mesh)"
-        )
+    """Lowers `by_rule`, or `plain` if Shardy is off or JAX does not know the devices, as in nested
+    shard_maps without `jax.set_mesh`. The compiler splits plain JAX well by itself, but gathers the
+    operands of kernels."""
+    lower = lambda jaxpr: mlir.lower_fun(jax.extend.core.jaxpr_as_fun(jaxpr))(context, *leaves)
+    if jax.config.jax_use_shardy_partitioner:
+        try:
+            return lower(by_rule)
+        except AttributeError as error:
+            if "AbstractMesh" not in str(error):  # which custom_partitioning asks for its devices
+                raise
+        if warns:
+            warnings.warn(
+                "lightning_attn: on GPUs this call gathers its operands, because JAX does not know "
+                "the devices of the mesh. Call with jax.set_mesh(mesh)"
+            )
     return lower(plain)
 
 
@@ -1912,8 +1874,8 @@ mlir.register_lowering(_partitioned, _lower_partitioned)
 
 class _Dims(NamedTuple):
     """Names of the dims of each operand and result. Dims of the same name are split alike: those of
-    vmap, "b", "h", and "shared" for heads that several of the H heads share. Each dim that stays
-    whole has its own name."""
+    vmap, "b", "h" for the H heads, and "shared" for heads of q, k or v that are fewer than H and
+    more than 1. Each dim that stays whole has its own name."""
 
     rows: list  # the dims of vmap and "b"
     operands: _Operands
@@ -1925,50 +1887,50 @@ class _Dims(NamedTuple):
 def _dims(x, results):
     rows = [*(f"vmap{i}" for i in range(x.g.ndim - 2)), "b"]
     sizes = zip(*(a.shape[: len(rows)] for a in jax.tree.leaves(x)))
-    full = dict(zip(rows, map(_shared, sizes)), h=x.g.shape[-1])
+    sizes = dict(zip(rows, map(_shared, sizes)), h=x.g.shape[-1])
     whole = map("whole{}".format, itertools.count())
 
     def name(dim, size):
         shared = dim == "h" and size > 1
-        return dim if size == full.get(dim) else "shared" if shared else next(whole)
+        return dim if size == sizes.get(dim) else "shared" if shared else next(whole)
 
     def names(dims, a):
         return None if a is None else list(map(name, rows[:-1] + dims.split(), a.shape))
 
-    shared_heads = min((a.shape[-2] for a in x[:3] if a.shape[-2] > 1), default=full["h"])
+    shared_heads = min((a.shape[-2] for a in x[:3] if a.shape[-2] > 1), default=sizes["h"])
     operands, results = _Operands(*map(names, _DIMS, x)), tuple(map(names, _RESULT_DIMS, results))
-    return _Dims(rows, operands, results, full["h"], shared_heads)
+    return _Dims(rows, operands, results, sizes["h"], shared_heads)
 
 
-def _partition(op, dims, inside, mesh, operands, results):
+def _partition(op, dims, auto_devices, _mesh, operands, results):
     """How one device scans its part: mesh, function, shardings of the results and the operands.
-    `inside`: the number of devices that a shard_map leaves to the compiler, or None."""
-    columns = [*dims.rows, "h"]
-    # the first array that has all of these dims, or most of them
+    `auto_devices`: the number of devices that a shard_map leaves to the compiler, or None."""
+    # Dims of the same name are split alike. So one array tells how all arrays are split: the first
+    # that has all of these dims, or most of them.
+    split_dims = [*dims.rows, "h"]
     arrays = zip((*dims.results, *dims.operands), (*results, *operands[0]))
-    named, array = max(arrays, key=lambda pair: len({*columns} & {*(pair[0] or ())}))
-    devices = sorted(array.sharding.device_set, key=lambda device: device.id)[:inside]
-    parts_of_dim = dict(zip(named, _parts(array, len(devices)).T))
-    nowhere_split = np.zeros(len(devices), int)
-    parts = np.stack([parts_of_dim.get(dim, nowhere_split) for dim in columns], -1)
-    axes, heads, shared_heads = _device_axes(parts, dims.H, dims.shared_heads, inside)
+    named, array = max(arrays, key=lambda pair: len({*split_dims} & {*(pair[0] or ())}))
+    devices = auto_devices or len(array.sharding.device_set)
+    parts_of_dim = dict(zip(named, _parts(array, devices).T))
+    nowhere_split = np.zeros(devices, int)
+    parts = np.stack([parts_of_dim.get(dim, nowhere_split) for dim in split_dims], -1)
+    axes, heads, shared_heads = _device_axes(parts, dims.H, dims.shared_heads, auto_devices)
     names = [f"axis{i}" for i in range(len(axes))]
-    mesh = jax.sharding.Mesh(np.array(devices).reshape([size for size, _ in axes]), names)
+    mesh = jax.sharding.AbstractMesh(tuple(size for size, _ in axes), tuple(names))
 
     def axes_of(column):
         steps = [(step[column], name) for (_, step), name in zip(axes, names) if step[column]]
         return tuple(name for _, name in sorted(steps, reverse=True))
 
-    columns.append("shared")
-    spec = dict(zip(columns, map(axes_of, range(len(columns)))))
+    spec = {dim: axes_of(column) for column, dim in enumerate([*split_dims, "shared"])}
 
     def put(named):
         if named is None:
             return None
         return NamedSharding(mesh, PartitionSpec(*(spec.get(dim) or None for dim in named)))
 
-    # A device has `heads` of the H heads, and `shared_heads` of the heads that heads share. The
-    # devices along the axes `sharing` have the same shared heads.
+    # A device has `heads` of the H heads, and `shared_heads` of the shared heads. The devices along
+    # the axes `sharing` have the same shared heads.
     sharing = [name for name in spec["h"] if name not in spec["shared"]]
     selects = sharing and shared_heads > 1
     group = dims.H // dims.shared_heads
@@ -1988,7 +1950,7 @@ def _partition(op, dims, inside, mesh, operands, results):
         return lax.psum(sums, sharing).astype(operands[0].v.dtype)
 
     def on_shared(f, arrays, named):
-        return (f(a) if "shared" in (dims or ()) else a for a, dims in zip(arrays, named))
+        return (f(a) if "shared" in (dim_names or ()) else a for a, dim_names in zip(arrays, named))
 
     def one_device(x):
         # each device sees unsharded arrays
@@ -2000,10 +1962,11 @@ def _partition(op, dims, inside, mesh, operands, results):
     return mesh, one_device, tuple(map(put, dims.results)), (_Operands(*map(put, dims.operands)),)
 
 
-def _device_axes(parts, H, shared_heads, inside):
+def _device_axes(parts, H, shared_heads, auto_devices):
     """How devices split H heads and the heads that these share. `parts` [devices, dims] says which
-    part of each dim a device is to have; the last dim is the heads. Returns the mesh axes, in whose
-    steps shared heads are one more dim, and how many heads and shared heads a device gets."""
+    part of each dim a device is to have; the last dim is the heads. Takes the first try that the
+    heads and a mesh allow, the finest first. Returns the axes of this mesh, whose steps have one
+    more dim for shared heads, and how many heads and shared heads a device gets."""
     count = 1 + int(parts[:, -1].max())  # parts of the heads
     whole_heads = parts * (np.arange(parts.shape[1]) < parts.shape[1] - 1)
     tries = (parts, count, math.gcd(shared_heads, count)), (parts, count, 1), (whole_heads, 1, 1)
@@ -2011,7 +1974,7 @@ def _device_axes(parts, H, shared_heads, inside):
         # Devices that share several heads select theirs by the number of the device among these
         # devices. The number is not known in a shard_map.
         selects = shared_count < min(shared_heads, count)
-        if H % count == 0 and not (selects and inside):
+        if H % count == 0 and not (selects and auto_devices):
             if axes := _axes(np.c_[tried, tried[:, -1] // (count // shared_count)]):
                 break
     return axes, H // count, shared_heads // shared_count
@@ -2027,18 +1990,18 @@ def _parts(x, devices):
     return np.stack(parts[: len(x.shape)], -1)
 
 
-def _axes(part):
+def _axes(parts):
     """The axes of a mesh, the major axis first, as (size, how many parts of each dim a step along
-    the axis moves on). None if `part` [devices, dims] is not made by such axes."""
+    the axis moves on). None if `parts` [devices, dims] are not made by such axes."""
     axes, stride = [], 1
-    while stride < len(part):
-        step, k = part[stride], np.arange(len(part) // stride)
-        regular = (part[k * stride] == k[:, None] * step).all(1)
+    while stride < len(parts):
+        step, k = parts[stride], np.arange(len(parts) // stride)
+        regular = (parts[k * stride] == k[:, None] * step).all(1)  # how many equal steps follow
         axes.insert(0, (max(2, int(np.argmin([*regular, False]))), step))
         stride *= axes[0][0]
     sizes, steps = zip(*axes)
     index = np.indices(sizes).reshape(len(sizes), -1).T
-    return axes if np.array_equal(index @ np.array(steps), part) else None
+    return axes if np.array_equal(index @ np.array(steps), parts) else None
 
 
 @_promotes
@@ -2060,7 +2023,7 @@ def _dispatch(op, x):
         return _pcast(results, _varying(leaves))
 
     with jax.named_scope(f"lightning_attn_{op.name}"):
-        if not (x.q.size and x.k.size and x.v.size):  # no tokens, or no batch: nothing to launch
+        if not all(a.size for a in leaves):  # no tokens, or no batch: nothing to launch
             return run(_scan_nothing, *leaves)
         plain, kernels = (functools.partial(run, scan) for scan in (_scan_xla, _scan_triton))
         if op.backend is None:
@@ -2155,6 +2118,7 @@ def _exchange(op, axes, x):
     only_state = dataclasses.replace(op, only_state=True, final_state=True, name="state")
     local = _Operands(x.k, x.k, x.v, _pcast(x.g, _varying(x.k)))  # k for q: no query is read
     _, state, _ = _attend(only_state, local)
+
     states_around = functools.partial(_states_around, op, axes, x.k.shape[1])
     return _in_auto_mode(states_around, (state, x.g, x.s0), (_spec(state), _spec(state)))
 
@@ -2184,7 +2148,7 @@ def _states_around(op, axes, T, state, g, s0):
 # Messages are "argument: expected ..., got ...". A check of values must not wait for a device while
 # something is traced, so it looks only at concrete values.
 
-_LAYOUT = ", where query is [batch, seq_len, num_heads, qk_head_dim]"
+_QUERY_SHAPE = ", where query is [batch, seq_len, num_heads, qk_head_dim]"
 
 
 def _qkv(query, key, value):
@@ -2222,9 +2186,9 @@ def _log_decays(q, layer_idx, num_layers, g_gamma):
     elif layer_idx is not None or num_layers is not None:
         raise ValueError("g_gamma: expected either g_gamma or layer_idx and num_layers, got both")
     else:
-        g = _array("g_gamma", g_gamma, (H,), jnp.floating, _LAYOUT)
+        g = _array("g_gamma", g_gamma, (H,), jnp.floating, _QUERY_SHAPE)
         if (value := _known(g_gamma)) is not None and not (value <= 0).all():
-            raise ValueError(f"g_gamma: expected log decays <= 0, got {value.max()}")
+            raise ValueError(f"g_gamma: expected log decays <= 0 (-slopes), got {value.max()}")
     # Decays that could not be checked must not grow. (jnp.minimum would halve the gradient at 0.)
     g = jnp.where(g > 0, 0, g).astype(dtype)
     # exp(g) underflows long before g = -1e5. The clamp avoids -inf times a distance of 0, a NaN.
@@ -2298,7 +2262,7 @@ def _initial_state(s0, q, v, cu_seqlens):
     if s0 is None:
         return None
     (n, _, H, K), V = q.shape, v.shape[3]
-    hint = f": a state per batch row{_LAYOUT}"
+    hint = f": a state per batch row{_QUERY_SHAPE}"
     if cu_seqlens is not None:
         n, hint = cu_seqlens.shape[0] - 1, ": a state per packed sequence"
     s0 = _array("initial_state", s0, (n, H, K, V), jnp.floating, hint)
@@ -2376,7 +2340,7 @@ def _scalar(name, x, kind=jnp.integer):
     if isinstance(x, (jax.Array, np.ndarray)) and x.shape != ():
         raise ValueError(f"{name}: expected a scalar, got shape {x.shape}")
     is_array = isinstance(x, (jax.Array, np.ndarray, np.generic))
-    dtype = x.dtype if is_array else type(x) if type(x) in (int, float) else bool
+    dtype = x.dtype if is_array else type(x) if type(x) in (int, float) else bool  # neither
     is_int = jnp.issubdtype(dtype, jnp.integer)
     if not (is_int or jnp.issubdtype(dtype, kind)):
         kind = "an integer" if kind is jnp.integer else "a real number"

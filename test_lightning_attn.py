@@ -804,7 +804,7 @@ def test_states_that_nobody_reads_are_not_written():
     def written(f, *args):
         found = recorded_launches("sm_90", f, *args)
         scans = [a for kernel, _, a, _ in found if kernel.__name__ == "_hopper_kernel"]
-        return [bool(la._Params(*a["params"]).flags & la._Flags.FINAL_STATE) for a in scans]
+        return [la._unpack_flags.fn(la._Params(*a["params"]).flags)[3] for a in scans]
 
     def f(x, s0, final):
         options = dict(initial_state=s0, output_final_state=final, backend="triton")
@@ -1993,8 +1993,8 @@ def wrong_calls():
         ("num_layers", dict(layer_idx=0), [(0, V, "1 to 2**31 - 1, got 0")]),
         ("g_gamma", {}, [(x(4), V, "either g_gamma or layer_idx and num_layers, got both")]),
         ("g_gamma", no_layer, [
-            (np.array([0, -1, -2, 0.5], "float32"), V, "log decays <= 0, got 0.5"),
-            (np.full(4, np.nan, "float32"), V, "log decays <= 0, got nan"),
+            (np.array([0, -1, -2, 0.5], "float32"), V, "log decays <= 0 (-slopes), got 0.5"),
+            (np.full(4, np.nan, "float32"), V, "log decays <= 0 (-slopes), got nan"),
             (np.zeros(4, "int32"), T, "floating point, got int32"),
             (x(3), V, f"shape [4], got (3,){hint}")]),
         ("softmax_scale", {}, [
@@ -2102,7 +2102,7 @@ def test_objects_that_hold_arrays(f, precise):
     dg = lambda wrap: jax.grad(lambda g: (f(q, k, v, g_gamma=wrap(g))[0] * do).sum())(g)
     assert_close(dg(Wrapped), dg(lambda g: g), 1e-6)
     assert_close(lightning_g_gamma(2, Wrapped(jnp.int32(1)), 4), lightning_g_gamma(2, 1, 4))
-    with pytest.raises(ValueError, match="g_gamma: expected log decays <= 0, got 0.5"):
+    with pytest.raises(ValueError, match="g_gamma: expected log decays <= 0 .-slopes., got 0.5"):
         f(q, k, v, g_gamma=Wrapped(jnp.array([0.0, 0.5])))
 
 
