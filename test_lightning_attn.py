@@ -6,10 +6,10 @@ They need pytest; with pytest-xdist they take all cores, and with flatbuffers th
 Most cases compare results and gradients with a float64 oracle in numpy (`oracle`). They run on
 every path that the machine has:
 
-    xla           plain JAX
-    gpu           the kernels on a GPU
-    interpreter   without a GPU: the Triton kernels in Triton's interpreter
-    gluon         without a GPU: the Gluon kernel on the emulator of this file
+    xla      plain JAX
+    gpu      the kernels on a GPU
+    triton   without a GPU: the Triton kernels on the emulator of this file
+    gluon    without a GPU: the Gluon kernel, and the Triton kernels beside it, on the emulator
 
 A script run owns its processes. Without a GPU it gives JAX 8 virtual CPU devices. With several GPUs
 it gives each worker one GPU, and then runs the cases of several devices in one process. A run under
@@ -46,7 +46,7 @@ import pytest
 SCRIPT = "LIGHTNING_ATTN_TEST_SCRIPT"  # the cases of a script run: all, devices, or the rest
 DEVICES = "wants several devices"
 BESIDE = pathlib.Path(__file__).resolve().with_name("lightning_attn.py")
-PATH_NAMES = "xla", "gpu", "interpreter", "gluon"
+PATH_NAMES = "xla", "gpu", "triton", "gluon"
 
 
 def file_under_test():
@@ -188,16 +188,16 @@ on_devices = pytest.mark.skipif(len(jax.devices()) < 2 and not HAS_GPU, reason=D
 
 # Paths --------------------------------------------------------------------------------------------
 
-INTERPRETED = ["interpreter", "gluon"] * (HAS_TRITON and not HAS_GPU)
+EMULATED = ["triton", "gluon"] * (HAS_TRITON and not HAS_GPU)
 
 
 def path_param(path):
     reason = "the GPU runs these kernels" if HAS_GPU else "no Triton for this path"
-    skipped = pytest.mark.skipif(path not in INTERPRETED, reason=reason)
+    skipped = pytest.mark.skipif(path not in EMULATED, reason=reason)
     return param(path, marks={"xla": (), "gpu": wants_gpu}.get(path, skipped))
 
 
-PATHS = list(map(path_param, ("xla", "interpreter", "gluon", "gpu")))
+PATHS = list(map(path_param, ("xla", "triton", "gluon", "gpu")))
 each_path, each_kernel_path = parametrize("path", PATHS), parametrize("path", PATHS[1:])
 each_direction = parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
@@ -208,8 +208,8 @@ def both_directions(*values, id):
     return [param(*values, reverse, id=f"{id}-{name}") for name, reverse in directions.items()]
 
 
-# The module that runs on a path: lightning_attn.py, or its copy for an interpreter.
-module_of = lambda path: interpreted(path) if path in INTERPRETED else la
+# The module that runs on a path: lightning_attn.py, or its copy for the emulator.
+module_of = lambda path: emulated(path) if path in EMULATED else la
 
 
 def run_on(path, *args, **kwargs):
@@ -315,7 +315,7 @@ def error_of_dg(got, want, size):
 
 def check_dg(path, got, want, size, dtype="float32"):
     """Checks dg in `got`, the results of `results_and_gradients`, where dg is among them."""
-    assert len(got) == (6 if path in INTERPRETED else 7)
+    assert len(got) == (6 if path in EMULATED else 7)
     for dg in got[6:]:
         assert error_of_dg(dg, want, size) < DG_BAR[dtype], (dg, want, size)
 
@@ -338,8 +338,8 @@ float32, float64 = (lambda x, kind=kind: x.astype(kind) for kind in (np.float32,
 def compiled_on(path, **kwargs):
     """A compiled `results_and_gradients`. The cache lets calls of the same shapes compile once.
 
-    The gradient of g is plain JAX on every path. Where an interpreter runs the kernels, the cases
-    of plain JAX cover that gradient.
+    The gradient of g is plain JAX on every path. Where the emulator runs the kernels, the cases of
+    plain JAX cover that gradient.
     """
 
     @jax.jit
@@ -348,7 +348,7 @@ def compiled_on(path, **kwargs):
             options = dict(initial_state=s0, g_gamma=g, cu_seqlens=cu)
             return run_on(path, q, k, v, **options, **kwargs)
 
-        if path in INTERPRETED:
+        if path in EMULATED:
             out, back = jax.vjp(lambda *args: f(*args, g), q, k, v, s0)
         else:
             out, back = jax.vjp(f, q, k, v, s0, g)
@@ -358,7 +358,7 @@ def compiled_on(path, **kwargs):
 
 
 def results_and_gradients(path, q, k, v, s0, do, ds, g, cu=None, **kwargs):
-    """[o, s, dq, dk, dv, ds0, dg] on a path, as `oracle` lists them. Interpreters leave out dg."""
+    """[o, s, dq, dk, dv, ds0, dg] on a path, as `oracle` lists them. The emulator leaves out dg."""
     with jax.default_matmul_precision("highest"):
         g = jnp.asarray(g, jnp.float32)
         return compiled_on(path, **kwargs)(q, k, v, s0, g, do, ds, int32(cu))
@@ -430,8 +430,8 @@ def test_programs_that_take_half_the_values(path, T, cu, monkeypatch):
 def test_accuracy_at_4096_tokens(path, dtype, monkeypatch):
     monkeypatch.setattr(la, "GROUP", 512)
     T = 4096
-    if path in INTERPRETED or (path == "xla" and dtype != "float32"):
-        T = 512  # interpreters are slow, and plain JAX adds in float32 whatever the dtype
+    if path in EMULATED or (path == "xla" and dtype != "float32"):
+        T = 512  # the emulator is slow, and plain JAX adds in float32 whatever the dtype
     elif path == "xla" and not HAS_GPU:
         T = 1024
     check_against_oracle(path, *inputs(3, 1, T, 2, 2, 64, 64, dtype))
@@ -593,8 +593,8 @@ def test_profiles_name_the_passes():
     ],
 )
 def test_packed(path, T, cu, reverse):
-    if path in INTERPRETED and len(cu) > 100:
-        cu = cu[:30]  # interpreters are slow
+    if path in EMULATED and len(cu) > 100:
+        cu = cu[:30]  # the emulator is slow
     operands = inputs(1, 1, T, 4, 2, 16, 24, n=len(cu) - 1)
     check_against_oracle(path, *operands, reverse=reverse, cu=cu)
 
@@ -649,8 +649,8 @@ def test_what_a_sequence_does_not_read_may_hold_anything(path, reverse, what):
     ],
 )
 def test_malformed_traced_boundaries(path, cu):
-    """Traced boundaries cannot be checked. No kernel leaves its arrays, which have guard bands in
-    interpreters, and every path reads the boundaries alike."""
+    """Traced boundaries cannot be checked. No kernel leaves its arrays: the emulator would raise.
+    Every path reads the boundaries alike."""
     n, g = len(cu) - 1, jnp.array([-0.1, 0.0])
     q, k, v, s0, do, ds = inputs(9, 1, 60, 2, 2, 16, 16, n=n)
     got = results_and_gradients(path, q, k, v, s0, do, ds, g, cu)
@@ -743,7 +743,7 @@ def test_many_segments(path, reverse, cu):
         T, cu = 380, cu and [0, 300, 310, 370]
     operands = inputs(7, 1, T, 3, 1, 16, 24, n=cu and 3)
     check_against_oracle(path, *operands, g=[0.0, -0.01, -3.0], reverse=reverse, cu=cu)
-    if path in INTERPRETED:  # 3 heads, and 2 segments of 2 splits before the last segment
+    if path in EMULATED:  # 3 heads, and 2 segments of 2 splits before the last segment
         passing = "_state_passing_kernel", 3 if cu is None else 6
         assert {("_chunk_state_kernel", 12), passing} < LAUNCHED
 
@@ -752,17 +752,9 @@ def test_many_segments(path, reverse, cu):
 def test_segments_with_states_of_several_tiles(path, monkeypatch):
     LAUNCHED.clear()
     monkeypatch.setattr(module_of(path), "SEGMENT", 160)
-    q, k, v, s0, do, ds = inputs(7, 1, 330, 2, 1, 136, 72)
-    g = [0.0, -0.01]
-    if path == "interpreter":  # gradients take a minute here; other paths compare them
-        with jax.default_matmul_precision("highest"):
-            got = run_on(path, q, k, v, g_gamma=jnp.array(g), initial_state=s0)
-        for a, b in zip(got, oracle(q, k, v, jnp.array(g), 136**-0.5, s0, do, ds)):
-            assert error(a, b) < 1e-5
-    else:
-        check_against_oracle(path, q, k, v, s0, do, ds, g=g)
-    if path in INTERPRETED:  # 2 splits of a segment, 2 heads, 3 x 2 tiles or, for 16 bits, 2 x 2
-        programs = 24 if path == "interpreter" else 16
+    check_against_oracle(path, *inputs(7, 1, 330, 2, 1, 136, 72), g=[0.0, -0.01])
+    if path in EMULATED:  # 2 splits of a segment, 2 heads, 3 x 2 tiles or, for 16 bits, 2 x 2
+        programs = 24 if path == "triton" else 16
         assert {("_chunk_state_kernel", programs), ("_state_passing_kernel", 40)} < LAUNCHED
 
 
@@ -779,7 +771,7 @@ def test_segments_in_splits(path, reverse, cu, precise, monkeypatch):
     module = module_of(path)
     arch, _ = module._gpu()
     LAUNCHED.clear()
-    num_sms = 9 if path == "interpreter" else 5
+    num_sms = 9 if path == "triton" else 5
     monkeypatch.setattr(module, "_gpu", lambda: (arch, num_sms))
     T = 3200
     if path != "gpu":
@@ -789,7 +781,7 @@ def test_segments_in_splits(path, reverse, cu, precise, monkeypatch):
     options = dict(g_gamma=g, initial_state=s0, reverse=reverse, cu_seqlens=int32(cu))
     jax.clear_caches()
     assert_close(run_on(path, q, k, v, **options), run_on("xla", q, k, v, **options), 1e-5)
-    if path in INTERPRETED:
+    if path in EMULATED:
         passing = "_state_passing_kernel", 3 if cu is None else 6
         assert {("_chunk_state_kernel", 24), passing} < LAUNCHED
     jax.clear_caches()
@@ -1022,7 +1014,7 @@ def test_vmap(path, precise, mapped, T):
         o, s = run_on(path, q, k, v, initial_state=s0, g_gamma=g)
         return (o * do[:rows]).sum() + (s * ds[:rows]).sum(), (o, s)
 
-    argnums = ALL_OPERANDS[:4] if path in INTERPRETED else ALL_OPERANDS
+    argnums = ALL_OPERANDS[:4] if path in EMULATED else ALL_OPERANDS
     grad = jax.jit(jax.grad(loss, argnums, has_aux=True))
     want = [grad(*(x[i] if m else x for m, x in zip(is_mapped, args))) for i in range(N)]
     assert_close(jax.jit(jax.vmap(grad, axes))(*args), stacked(want))
@@ -1737,8 +1729,8 @@ def test_no_tracer_leaks_and_no_constants(precise):
 @wants_devices(4)
 @wants_triton
 def test_kernels_in_a_shard_map_of_tokens_and_heads(precise):
-    """On a CPU in the interpreter."""
-    path = "gpu" if HAS_GPU else "interpreter"
+    """On a CPU by the emulator."""
+    path = "gpu" if HAS_GPU else "triton"
     # 161 tokens of a device are splits of 96 and 65, and the last chunk has one token: at g = -3
     # the chunk before it still weighs 5 %
     q, k, v, s0, *_ = inputs(32, 1, 322, 4, 2, 8, 8)
@@ -2657,45 +2649,31 @@ def test_snippets_of_the_readme(monkeypatch):
 # Harness ------------------------------------------------------------------------------------------
 
 
-# Interpreters: `interpreted` is lightning_attn.py once more, whose own launch code runs its kernels
-# on the CPU. Triton's interpreter runs Triton kernels, and `emulate` runs Gluon kernels.
+# The emulator: `emulated` is lightning_attn.py once more, whose own launch code runs its kernels on
+# numpy arrays.
 
-LOCK = threading.Lock()  # only one interpreter may run at a time
-LAUNCHED = set()  # (name, number of programs) of the kernels that interpreters ran
+LOCK = threading.Lock()  # only one kernel may run at a time
+LAUNCHED = set()  # (name, number of programs) of the kernels that ran
 
 
 @functools.cache
-def interpreted(path):
+def emulated(path):
     """The copy of lightning_attn.py for a path. It is made when a case first needs it."""
-    import triton
-    from triton.runtime import interpreter
-
-    teach_the_interpreter_bfloat16()
-    triton.knobs.runtime.interpret = True
-    try:
-        module = load("lightning_attn_interpreted_by_" + path)
-    finally:
-        triton.knobs.runtime.interpret = False
+    module = load("lightning_attn_emulated_" + path)
 
     def config(*args):
-        config = {"interpreter": config_of_triton, "gluon": config_of_gluon}[path](*args)
+        config = {"triton": config_of_triton, "gluon": config_of_gluon}[path](*args)
         return dataclasses.replace(config, kernel=getattr(module, config.kernel.fn.__name__))
 
     module._config = config
-    module._gpu = lambda: ("sm_90", 132)  # the GPU for which the interpreters stand
-    module.SEGMENT = 96  # interpreters are slow: short sequences have segments too
+    module._gpu = lambda: ("sm_90", 132)  # the GPU for which the emulator stands
+    module.SEGMENT = 96  # emulation is slow: short sequences have segments too
     module.GROUP = la.GROUP
     module._in_place = lambda call, arrays: call(*arrays, in_place=True)
     # An output may be its input or another array. Each path takes one way.
-    call = functools.partial(interpreted_call, module, path == "interpreter")
+    call = functools.partial(emulated_call, module, path == "triton")
     TensorDescriptor = la.jax_triton.TensorDescriptor
     module.jax_triton = types.SimpleNamespace(triton_call=call, TensorDescriptor=TensorDescriptor)
-    for name, f in list(vars(module).items()):
-        # Functions that kernels call need not patch the language again, nor for good.
-        if isinstance(f, interpreter.InterpretedFunction) and not name.endswith("_kernel"):
-            plain = f.rewrite()
-            plain.fn = f.fn  # `emulate` takes this function
-            setattr(module, name, plain)
     return module
 
 
@@ -2715,14 +2693,11 @@ def config_of_gluon(arch, _, K, V, dtype, B, H, T, n, fused):
 config_of_gluon.num_sms = 1
 
 
-def interpreted_call(
+def emulated_call(
     module, shares_memory, *args, kernel, out_type, grid, in_place=False, **constants
 ):
     """Stands for jax_triton.triton_call. `shares_memory`: outputs in place are their inputs, as
     those of the Hopper kernel always are."""
-    import triton
-    from triton.runtime.interpreter import InterpretedFunction
-
     for option in "num_warps", "num_stages", "backend_options":
         del constants[option]
     leaves, tree = jax.tree.flatten(out_type)
@@ -2730,91 +2705,22 @@ def interpreted_call(
     flat = lambda x: Pointer(x.reshape(-1))
 
     def launch(*arrays):
-        arrays = [guarded(np.asarray(x)) for x in arrays]
-        out = [guarded(np.full(x.shape, np.nan, x.dtype)) for x in leaves]  # unwritten parts show
+        arrays = list(map(np.array, arrays))
+        out = [np.full(x.shape, np.nan, x.dtype) for x in leaves]  # unwritten parts show
         if in_place and (shares_memory or "hopper" in kernel.fn.__name__):
             out[0] = arrays[0]
         LAUNCHED.add((kernel.fn.__name__, grid[0]))
-        with LOCK, np.errstate(all="ignore"), pytest.MonkeyPatch.context() as m:
-            if hasattr(kernel, "is_gluon"):
-                given = [
-                    described(x.reshape(arg.shape), arg) if is_descriptor else flat(x)
-                    for x, arg, is_descriptor in zip(arrays, args, is_described)
-                ]
-                programs = reversed(range(grid[0]))  # their order must not matter
-                emulate(kernel, module, programs, [*given, *map(flat, out)], constants)
-            else:
-                sums = InterpretedFunction(triton.language.sum.fn).rewrite()
-                m.setattr(triton.language, "sum", sums)
-                kernel[grid](*map(Host, (*arrays, *out)), **constants)
-        assert all(map(has_its_guards, (*arrays, *out))), f"{kernel.fn.__name__} wrote outside"
+        given = [
+            described(x.reshape(arg.shape), arg) if is_descriptor else flat(x)
+            for x, arg, is_descriptor in zip(arrays, args, is_described)
+        ]
+        programs = reversed(range(grid[0]))  # their order must not matter
+        with LOCK, np.errstate(all="ignore"):
+            emulate(kernel, module, programs, [*given, *map(flat, out)], constants)
         return tuple(out)
 
     operands = [x.base if is_descriptor else x for x, is_descriptor in zip(args, is_described)]
     return jax.tree.unflatten(tree, jax.pure_callback(launch, tuple(leaves), *operands))
-
-
-@functools.cache
-def teach_the_interpreter_bfloat16():
-    """The interpreter holds bfloat16 as bits: this widens factors, and rounds as hardware does."""
-    import ml_dtypes
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder as builder
-    from triton.runtime.interpreter import TensorHandle
-
-    create_dot, truncate = builder.create_dot, builder.create_fp_trunc
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def dot(self, a, b, acc, *rest):
-        return create_dot(self, widened(a), widened(b), acc, *rest)
-
-    def fp_trunc(self, src, dst_type):
-        if dst_type.scalar == tl.bfloat16 and src.dtype.scalar == tl.float32:
-            return TensorHandle(src.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
-        return truncate(self, src, dst_type)
-
-    builder.create_dot, builder.create_fp_trunc = dot, fp_trunc
-
-
-GUARD = 2**18  # bytes on each side of an array that a kernel gets
-
-
-def guarded(x):
-    """A copy of `x` that starts at a multiple of 64 bytes, as GPU arrays do. Bytes of 255 lie on
-    both sides: a kernel that reads them gets NaN."""
-    raw = np.full(x.nbytes + 2 * GUARD + 64, 255, np.uint8)
-    start = GUARD + -raw.ctypes.data % 64
-    out = raw[start:][: x.nbytes].view(x.dtype).reshape(x.shape)
-    out[...] = x
-    return out
-
-
-def has_its_guards(x):
-    """Whether the bytes beside an array from `guarded` are as they were."""
-    start = x.ctypes.data - x.base.ctypes.data
-    return (x.base[:start] == 255).all() and (x.base[start + x.nbytes :] == 255).all()
-
-
-class Host:
-    """A numpy array with the tensor methods that Triton's interpreter calls."""
-
-    def __init__(self, array):
-        self.array = array
-        self.dtype = type("DType", (str,), {"itemsize": array.dtype.itemsize})(array.dtype)
-
-    data_ptr = lambda self: self.array.ctypes.data
-    cpu = untyped_storage = lambda self: self
-    new_empty = lambda self, *_, **__: Host(self.array)
-    size = lambda self: self.array.shape
-    storage_offset = lambda self: 0
-    set_ = copy_ = stride = lambda self, *_: None
-
-
-# The emulator: `Machine` runs Gluon and Triton kernels on numpy arrays.
 
 
 def emulate(kernel, module, programs, arrays, constants):
@@ -2839,6 +2745,12 @@ class Tensor(np.ndarray):
     def to(self, dtype):
         return self.astype(dtype)
 
+    def __mod__(self, x):  # integers are divided as in C
+        return tensor(np.fmod(self, x))
+
+    def __floordiv__(self, x):
+        return tensor(np.floor_divide(self - self % x, x))
+
     def __array_wrap__(self, x, *_):
         return tensor(x)
 
@@ -2856,6 +2768,9 @@ class Pointer:
 
     def __add__(self, more):
         return Pointer(self.array, self.at + more)
+
+    def to(self, dtype, bitcast):
+        return self.array.ctypes.data
 
     def places(self, mask):
         at, mask = np.broadcast_arrays(self.at, True if mask is None else mask)
@@ -2917,6 +2832,7 @@ class Machine:
     BlockedLayout = DotOperandLayout = SliceLayout = no_layout
     NVMMADistributedLayout = NVMMASharedLayout = no_layout
     debug_barrier = fence_async_shared = barrier = lambda self: None
+    range = lambda self, *bounds, num_stages: map(tensor_of_index, range(*map(int, bounds)))
     invalidate = lambda self, bar: None  # its copies are checked when the program ends
 
     def __init__(self, program):
