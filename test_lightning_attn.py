@@ -43,7 +43,7 @@ import pytest
 # Script run ---------------------------------------------------------------------------------------
 # This part must stay above the import of JAX, which reads XLA_FLAGS and CUDA_VISIBLE_DEVICES.
 
-SCRIPT = "LIGHTNING_ATTN_TEST_SCRIPT"  # the cases of a script run: all, devices, or the rest
+SCRIPT = "LIGHTNING_ATTN_TEST_SCRIPT"  # is set in a script run
 DEVICES = "wants several devices"
 BESIDE = pathlib.Path(__file__).resolve().with_name("lightning_attn.py")
 PATH_NAMES = "xla", "gpu", "triton", "gluon"
@@ -71,8 +71,12 @@ def main(arguments):
     gpus, devices = visible_gpus(), "--devices" in arguments
     given = [__file__ + a if a.startswith("::") else a for a in arguments if a != "--devices"]
     arguments, named = given, any("::" in a for a in given)
-    in_two = len(gpus) > 1 and not devices and not named and importlib.util.find_spec("xdist")
-    os.environ[SCRIPT] = "devices" if devices else "rest" if in_two else "all"
+    has_xdist = importlib.util.find_spec("xdist")
+    in_two = len(gpus) > 1 and not devices and not named and has_xdist
+    if devices or in_two:
+        of_devices = f"skipif(reason='{DEVICES}')"
+        arguments = ["-m", of_devices if devices else f"not {of_devices}", *arguments]
+    os.environ[SCRIPT] = "1"
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flags = "--xla_force_host_platform_device_count=8 --xla_gpu_autotune_level=0"
     if not (gpus or shutil.which("rocm-smi")) or os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -80,7 +84,7 @@ def main(arguments):
         flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     if not named:
-        if importlib.util.find_spec("xdist") and not (gpus and devices):
+        if has_xdist and not (gpus and devices):
             workers = len(os.sched_getaffinity(0))
             workers = min(workers, int(sum(gpus.values()) / 6)) if gpus else workers
             if not any(a.startswith(("-n", "--numprocesses", "--pdb")) for a in arguments):
@@ -102,29 +106,16 @@ def leave(code=0):
 
 
 class Summary:
-    """A pytest plugin that says what passed on which path."""
+    """A pytest plugin that says what passed on which path, and why cases were skipped."""
 
     def pytest_terminal_summary(self, terminalreporter):
-        def counts(reports, kind):
-            counted = collections.Counter(map(kind, reports)).most_common()
-            return ", ".join(f"{what}: {n}" for what, n in counted)
-
-        def path(report):
-            words = re.split(r"[\[\]-]", report.nodeid.rpartition("::")[2])
-            return next((word for word in words if word in PATH_NAMES), "all else")
-
-        passed, skipped, failed, broken = (
-            terminalreporter.stats.get(outcome, [])
-            for outcome in ("passed", "skipped", "failed", "error")
-        )
-        reason = lambda report: report.longrepr[2].removeprefix("Skipped: ")
-        broken = len(failed) + len(broken)
-        total = len(passed) + len(skipped) + broken
-        words = [f"\nTested {file_under_test()}: {total} cases."]
-        words += [f"{len(passed)} passed ({counts(passed, path)})."] if passed else []
-        words += [f"{broken} FAILED." if broken else "None failed." if total else "None ran."]
-        words += [f"{len(skipped)} skipped ({counts(skipped, reason)})."] if skipped else []
-        terminalreporter.write_line(" ".join(words))
+        words = lambda case: re.split(r"[\[\]-]", case.nodeid.rpartition("::")[2])
+        path = lambda case: next((word for word in words(case) if word in PATH_NAMES), "all else")
+        reason = lambda case: case.longrepr[2].removeprefix("Skipped: ")
+        terminalreporter.write_line(f"\nTested {file_under_test()}.")
+        for outcome, kind in ("passed", path), ("skipped", reason):
+            counted = collections.Counter(map(kind, terminalreporter.stats.get(outcome, [])))
+            terminalreporter.write_line(f"{outcome}: {dict(counted.most_common())}")
 
 
 if __name__ == "__main__":
@@ -1471,7 +1462,7 @@ def test_ways_of_calling(way, kind, precise, monkeypatch):
 
 # Many devices -------------------------------------------------------------------------------------
 
-if os.environ.get(SCRIPT) != "devices" and (HAS_GPU or len(jax.devices()) < 8):
+if HAS_GPU or len(jax.devices()) < 8:
 
     def test_on_8_devices():
         """Runs the cases of several devices on 8 virtual CPU devices, in a script."""
@@ -2166,25 +2157,18 @@ def test_jax_that_is_too_old(version, monkeypatch):
     "name, version",
     [
         *(("jax", v) for v in ("0.11.0", "0.13.0")),
-        *(("jax_triton", v) for v in ("0.3.1", "0.5.0", None)),  # None: it fails to import
+        *(("jax_triton", v) for v in ("0.3.1", "0.5.0", None)),  # None: an error while it loads
         *(("triton", v) for v in ("3.7.1", "3.10.0")),
     ],
 )
 def test_versions_that_do_not_fit_the_kernels(name, version, monkeypatch):
     """One warning says what was found, what it costs and what to install. Plain JAX runs."""
-    found = f"{name.replace('_', '-')} {version}"
-    if version is None:
-        found = "AttributeError: no such thing"
-
-        def find_spec(module, *_):
-            if module == name:
-                raise AttributeError("no such thing")
-
-        monkeypatch.delitem(sys.modules, name)
-        finder = types.SimpleNamespace(find_spec=find_spec)
-        monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    module = importlib.import_module(name)
+    found = f"{name.replace('_', '-')} {version}" if version else "AttributeError: "
+    if version:
+        monkeypatch.setattr(module, "__version__", version)
     else:
-        monkeypatch.setattr(importlib.import_module(name), "__version__", version)
+        monkeypatch.delattr(module, "__version__")
     with pytest.warns(UserWarning) as caught:
         other = load("lightning_attn_unfit")
     (said,) = (str(w.message) for w in caught)
@@ -3001,25 +2985,3 @@ def compile_as_jax_triton(kernel, arrays, arguments, options, arch):
         said = subprocess.run(command, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     return about["shared"], int(re.search(r"(\d+) bytes spill stores", said.stderr)[1])
-
-
-# Stages of a script run, and pytest's hooks.
-
-
-class Stage:
-    """A pytest plugin that leaves the cases of several devices to a process of their own."""
-
-    def pytest_collection_modifyitems(self, config, items):
-        wants_devices = lambda case: any(
-            mark.kwargs.get("reason") == DEVICES for mark in case.iter_markers("skipif")
-        )
-        chosen = [x for x in items if wants_devices(x) == (os.environ[SCRIPT] == "devices")]
-        items[:] = chosen if os.environ[SCRIPT] != "all" else items
-
-
-def pytest_generate_tests(metafunc):
-    """Adds `Stage` to a script run. pytest calls this hook wherever it collects this file. Plugins
-    of `main` do not reach xdist's workers."""
-    plugins = metafunc.config.pluginmanager
-    if SCRIPT in os.environ and not plugins.has_plugin("lightning_attn_stage"):
-        plugins.register(Stage(), "lightning_attn_stage")
