@@ -625,8 +625,6 @@ def test_what_a_sequence_does_not_read_may_hold_anything(path, reverse, what):
         want = oracle(*last, g, 0.25, s0[2:], do[:, 110:140], ds[2:], reverse)
         for i in 0, 2, 3, 4:
             assert error(np.asarray(got[i])[:, 110:140], want[i]) < 1e-5, NAMES[i]
-        o = results_and_gradients(path, q.at[:, :, 1].set(jnp.nan), k, v, s0, do, ds, g, cu)[0]
-        assert np.isfinite(o[:, :, 0]).all()
 
 
 @each_path
@@ -1650,10 +1648,11 @@ def test_seq_axis_of_operands_that_are_the_same_on_all_devices(precise, check, w
 def test_seq_axis_of_two_axes_beside_heads(precise, path, reverse, check):
     if path == "kernels":
         path = "gpu" if HAS_GPU else "triton" if HAS_TRITON else pytest.skip("no Triton")
-    # 161 tokens of a device are splits of 96 and 65, and the last chunk has one token: at g = -3
-    # the chunk before it still weighs 5 %
+    # 161 tokens are splits of 96 and 65, and the last chunk has one token: at g = -3 the chunk
+    # before it still weighs 5 %
     axes = ("a", "b") if len(jax.devices()) >= 8 else ("a",)
-    q, k, v, s0, *_ = inputs(37, 1, 161 * 2 ** len(axes), 4, 2, 8, 8)
+    B, T = (2, 32) if path == "xla" else (1, 161)  # of a device
+    q, k, v, s0, *_ = inputs(37, B, T * 2 ** len(axes), 4, 2, 8, 8)
     g, tokens, state = -1.0 * jnp.arange(4), P(None, axes, "h"), P(None, "h")
     whole = lambda q, k, v, s, g, **kw: run_on(
         path, q, k, v, initial_state=s, g_gamma=g, reverse=reverse, **kw
@@ -1762,23 +1761,18 @@ def test_nested_shard_maps(precise, is_set, axis):
     q, k, v = inputs(31, 4, 64, 4, 2, 8, 8)[:3]
     spec = {"seq": P(None, "seq"), "tp": P(None, None, "tp"), None: P()}[axis]
     g = -0.05 * jnp.arange(4)
-    call = lambda q, k, v, g: lightning_attn(
-        q, k, v, g_gamma=g, seq_axis="seq" if axis == "seq" else None, backend=None
-    )[0]
+    seq_axis = "seq" if axis == "seq" else None
+    call = lambda q, k, v, g: lightning_attn(q, k, v, g_gamma=g, seq_axis=seq_axis)[0]
     both = lambda *args: (call(*args), gradients_of(call)(*args) if axis != "seq" else args[:3])
-    specs = spec, spec, spec, P("tp") if axis == "tp" else P()
-    inner = lambda *args: jax.shard_map(
-        both, in_specs=specs, out_specs=(spec, (spec,) * 3), axis_names={axis or "seq"}
-    )(*args)
-    mesh = mesh_of(AUTO, pipe=2, seq=2, tp=2)
-    rows = P("pipe")
-    outer = jax.shard_map(
-        inner,
-        mesh=mesh,
-        in_specs=(rows, rows, rows, P()),
-        out_specs=(rows, (rows,) * 3),
-        axis_names={"pipe"},
+    of_g, mesh, rows = (
+        P("tp") if axis == "tp" else P(),
+        mesh_of(AUTO, pipe=2, seq=2, tp=2),
+        P("pipe"),
     )
+    specs = dict(in_specs=(spec, spec, spec, of_g), out_specs=(spec, (spec,) * 3))
+    inner = lambda *args: jax.shard_map(both, axis_names={axis or "seq"}, **specs)(*args)
+    of_rows = dict(in_specs=(rows, rows, rows, P()), out_specs=(rows, (rows,) * 3))
+    outer = jax.shard_map(inner, mesh=mesh, axis_names={"pipe"}, **of_rows)
     want = lightning_attn(q, k, v, g_gamma=g)[0]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -1855,8 +1849,6 @@ def wrong_calls():
         ("key", {}, [
             (3.0, T, "an array, got float"),
             (k[0], V, "shape [2, 8, num_kv_heads, 16], got (8, 2, 16)"),
-            (k[:1], V, "shape [2, 8, num_kv_heads, 16], got (1, 8, 2, 16)"),
-            (k[:, :7], V, "shape [2, 8, num_kv_heads, 16], got (2, 7, 2, 16)"),
             (k[..., :8], V, "shape [2, 8, num_kv_heads, 16], got (2, 8, 2, 8)"),
             (k.astype("complex64"), T, "floating point, got complex64"),
             (k.astype("float16"), T, "the dtype of query, float32, got float16")]),
@@ -1867,23 +1859,21 @@ def wrong_calls():
         ("value", {}, [
             (None, T, "an array, got NoneType"),
             (k[..., None], V, "shape [2, 8, 2, v_head_dim], got (2, 8, 2, 16, 1)"),
-            (k[:1], V, "shape [2, 8, 2, v_head_dim], got (1, 8, 2, 16)"),
-            (k[:, :7], V, "shape [2, 8, 2, v_head_dim], got (2, 7, 2, 16)"),
             (k[:, :, :1], V, "shape [2, 8, 2, v_head_dim], got (2, 8, 1, 16)"),
             (bfloat16, T, "the dtype of query, float32, got bfloat16"),
             (x(2, 8, 2, 600), V, "a head dim from 1 to 512, got 600")]),
         ("layer_idx", {}, [
             (4, V, "0 to num_layers - 1, got 4 of 4"), (-1, V, "0 to num_layers - 1, got -1"),
             (10**400, V, "0 to num_layers - 1, got 1000"), (1.5, T, f"{integer} 1.5"),
-            (True, T, f"{integer} True"), ("3", T, f"{integer} '3'"), ([1], T, f"{integer} [1]"),
-            (V, T, f"{integer} <class 'ValueError'>"), (None, V, layer),
+            (True, T, f"{integer} True"), ("3", T, f"{integer} '3'"),
+            (V, T, f"{integer} <class 'ValueError'>"),
             (np.array([1, 2]), V, "a scalar, got shape (2,)")]),
         ("layer_idx", dict(num_layers=None), [
             (None, V, layer),
             (-x(4), T, "an integer, got an array of float32 and shape (4,): log decays are")]),
         ("num_layers", {}, [
             (2**31, V, "1 to 2**31 - 1, got 2147483648"), ("3", T, f"{integer} '3'"),
-            ([1], T, f"{integer} [1]"), (None, V, layer)]),
+            (None, V, layer)]),
         ("num_layers", dict(layer_idx=0), [(0, V, "1 to 2**31 - 1, got 0")]),
         ("g_gamma", {}, [(x(4), V, "either g_gamma or layer_idx and num_layers, got both")]),
         ("g_gamma", no_layer, [
@@ -1893,15 +1883,11 @@ def wrong_calls():
             (x(3), V, "shape [4], got (3,)"), (-x(8), V, f"shape [4], got (8,). {hint}")]),
         ("softmax_scale", {}, [
             (x(4), V, "a scalar, got shape (4,)"), (1j, T, "a real number, got 1j"),
-            ("big", T, "a real number, got 'big'"), ({}, T, "a real number, got {}"),
             (True, T, "a real number, got True"), (10**400, V, f"{scale} inf"),
-            (np.float64(1e39), V, f"{scale} 1e+39"),
-            *((s, V, f"{scale} {s!r}") for s in (1e-40, -1e-40, 1e39, np.inf, np.nan))]),
+            *((s, V, f"{scale} {s!r}") for s in (-1e-40, 1e39, np.inf, np.nan))]),
         ("reverse", {}, [("yes", T, "True or False, got 'yes'")]),
         ("output_final_state", {}, [(1, T, "True or False, got 1")]),
         ("initial_state", {}, [
-            (x(4, 16, 16), V, "shape [2, 4, 16, 16], got (4, 16, 16)"),
-            (x(2, 2, 16, 16), V, "shape [2, 4, 16, 16], got (2, 2, 16, 16)"),
             (x(3, 4, 16, 16), V, "shape [2, 4, 16, 16], got (3, 4, 16, 16). The first size is"),
             (x(2, 4, 16, 16, dtype="int32"), T, "floating point, got int32"),
             (x(2, 8, 16, 16), V, f"shape [2, 4, 16, 16], got (2, 8, 16, 16). {hint}")]),
@@ -1913,15 +1899,13 @@ def wrong_calls():
             (V, T, "an array, got type"),
             (np.zeros((2, 2), "int32"), V, "shape [num_seqs + 1], got (2, 2)"),
             (cu(0, 8, dtype="float32"), T, "integers, got float32"),
-            (["0", "8"], T, "an integer, got '0'"), ([0, [1, 8]], T, "an integer, got [1, 8]"),
+            ([0, [1, 8]], T, "an integer, got [1, 8]"),
             ([0, 2**70], T, "64-bit numbers, got [0, 1180591620717411303424]"),
-            ([0, np.uint64(2**63)], T, "64-bit numbers, got [0, np.uint64(92"),
             (cu(0), V, "at least 2 boundaries, got 1"), (cu(1, 8), V, "to start at 0, got 1"),
             (cu(3, 5), V, "to start at 0, got 3 in [3 5]. These look like lengths: it takes bound"),
             (cu(0, 5, 3), V, "boundaries that do not decrease, got [0 5 3]"),
             (cu(0, 9), V, "boundaries up to seq_len, 8, got 9"),
             ([0, 2**32 + 5], V, "boundaries up to seq_len, 8, got 4294967301"),
-            (cu(0, 2**32 + 5, dtype="int64"), V, "boundaries up to seq_len, 8, got 4294967301"),
             (cu(0, 2**63 + 5, dtype="uint64"), V, "boundaries up to seq_len, 8, got 9223372036")]),
         ("backend", {}, [
             ("cuda", V, "None, \"triton\" or \"xla\", got 'cuda'"),
@@ -2162,22 +2146,31 @@ def test_compiles_and_fits(arch, dtype):
         sizes = (128, 192) if is_16_bit_hopper else (128,)
     else:
         sizes = (16, 64, 128, 192, 512) if arch in ("sm_80", "sm_90") else (128, 512)
-    shapes = [(1, 4096, 2, D) for D in sizes] + [(1, 1, 2, 128)]
-    if arch == "sm_90" and dtype != "float16":  # no argument is 1, which would be a constant
-        shapes += [(2, 300, 4, 64), (2, 300, 4, 128)]
+    shapes = [(1, 4096, 2, D, None) for D in sizes] + [(1, 1, 2, 128, None)]
+    if arch == "sm_90" and dtype != "float16":
+        # arguments that are 1 become constants of the kernels: no argument is 1, or all are
+        shapes += [(2, 300, 4, 64, None), (2, 300, 4, 128, None)]
+        shapes += [(1, 4096, 1, 64, [0, 10, 4096]), (1, 80, 1, 1, None), (1, 1, 1, 16, None)]
     names = "BK", "BV", "BE", "C", "IS_VARLEN", "SEGMENTED", "HAS_S0", "FUSED"
     table = {}
-    for B, T, H, D in shapes:
+    for B, T, H, D, cu in shapes:
         x = jnp.zeros((B, T, H, D), dtype)
-        f = lambda q: lightning_attn(q, x, x, 12, 24, backend="triton")[0].sum()
-        if D in (64, 128) and T > 1 and (arch == "sm_90" or dtype != "float16"):
+        s0 = None if H == 2 else jnp.zeros((len(cu) - 1 if cu else B, H, D, D))
+        options = dict(softmax_scale=1.0, cu_seqlens=cu, backend="triton")
+
+        def f(q, s0):
+            return lightning_attn(q, x, x, 12, 24, initial_state=s0, **options)[0].sum()
+
+        if H == 1:
+            f = jax.grad(f, (0, 1))
+        elif D in (64, 128) and T > 1 and (arch == "sm_90" or dtype != "float16"):
             f = jax.value_and_grad(f)
-        for launch in recorded_launches(arch, lambda: f(x)):
+        for launch in recorded_launches(arch, lambda: f(x, s0)):
             kernel, _, arguments, options = launch
             tile = [arguments.get(n) for n in names]
             edges = [arguments[d] % arguments["B" + d] > 0 for d in "KVE" if d in arguments]
             warps_and_stages = options["num_warps"], options["num_stages"]
-            key = kernel.__name__, B, *tile, *edges, *warps_and_stages
+            key = kernel.__name__, B, H, *tile, *edges, *warps_and_stages
             if key in table:
                 continue
             table[key] = shared, spilled = compile_as_jax_triton(*launch, arch)
@@ -2190,34 +2183,6 @@ def test_compiles_and_fits(arch, dtype):
     assert len(table) >= 4
     has_hopper = any(key[0] == "_hopper_kernel" for key in table)
     assert has_hopper == is_16_bit_hopper
-
-
-@wants_triton
-@parametrize(
-    "dtype, T, D, cu",
-    [
-        param("bfloat16", 4096, 64, None, id="bfloat16"),
-        param("bfloat16", 4096, 64, [0, 10, 4096], id="bfloat16-packed"),
-        param("float32", 80, 1, None, id="float32"),
-        param("float32", 1, 16, None, id="float32-decode"),
-    ],
-)
-def test_compiles_where_all_is_one(dtype, T, D, cu):
-    """One row, one head, a scale of 1: arguments that are 1 become constants of the kernels."""
-    x, s0 = jnp.zeros((1, T, 1, D), dtype), jnp.zeros((1 if cu is None else 2, 1, D, D))
-
-    def loss(x, s0):
-        options = dict(cu_seqlens=None if cu is None else jnp.array(cu), backend="triton")
-        return lightning_attn(x, x, x, 12, 24, 1.0, s0, **options)[0].astype(jnp.float32).sum()
-
-    built = {}
-    for launch in recorded_launches("sm_90", lambda: jax.grad(loss, (0, 1))(x, s0)):
-        kernel, _, arguments, _ = launch
-        # numbers in the tuple of parameters compile the same, whatever they are
-        key = kernel.__name__, str(arguments | dict(params=None))
-        if key not in built:
-            built[key], _ = compile_as_jax_triton(*launch, "sm_90")
-    assert len(built) == (4 if T > 80 else 2)  # with states given, and without
 
 
 # GPU only -----------------------------------------------------------------------------------------
