@@ -411,9 +411,7 @@ def test_rows_and_heads_do_not_mix(path, dtype):
     operands = inputs(9, 2, 150, 2, 2, 16, 40, dtype)
     run = lambda operands: results_and_gradients(path, *operands, decays(2))[:6]
     own_row = lambda x: np.s_[:1]
-    own_head = lambda x: (
-        np.s_[:, :1] if x.dtype == jnp.float32 and x.shape[1] == 2 else np.s_[:, :, :1]
-    )
+    own_head = lambda x: np.s_[:, :1] if x.shape[1] == 2 else np.s_[:, :, :1]
     first = run(operands)
     for own in own_row, own_head:
         spoiled = [jnp.full_like(x, jnp.nan).at[own(x)].set(x[own(x)]) for x in operands]
@@ -422,10 +420,11 @@ def test_rows_and_heads_do_not_mix(path, dtype):
 
 
 @parametrize("path", [path_param("gluon")])
-@parametrize("T, cu", [(130, None), (200, [0, 70, 70, 190])], ids=["batch", "packed"])
+@parametrize("T, cu", [(450, None), (200, [0, 70, 70, 190])], ids=["batch", "packed"])
 def test_programs_that_take_half_the_values(path, T, cu, monkeypatch):
     LAUNCHED.clear()
     monkeypatch.setattr(config_of_gluon, "num_sms", 132)
+    monkeypatch.setattr(module_of(path), "SEGMENT", 512)  # 8 chunks fill each buffer twice
     check_against_oracle(path, *inputs(14, 1, T, 2, 1, 128, 128, n=cu and len(cu) - 1), cu=cu)
     rows = 1 if cu is None else 5  # of a pack: 3 sequences, and the tokens before and after them
     assert ("_hopper_kernel", 2 * rows * 2) in LAUNCHED
@@ -433,13 +432,8 @@ def test_programs_that_take_half_the_values(path, T, cu, monkeypatch):
 
 @each_path
 @parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_accuracy_at_4096_tokens(path, dtype, monkeypatch):
-    monkeypatch.setattr(la, "GROUP", 512)
-    T = 4096
-    if path in EMULATED or (path == "xla" and dtype != "float32"):
-        T = 512  # the emulator is slow, and plain JAX adds in float32 whatever the dtype
-    elif path == "xla" and not HAS_GPU:
-        T = 1024
+def test_accuracy_of_long_sequences(path, dtype):
+    T = 4096 if HAS_GPU else 512
     check_against_oracle(path, *inputs(3, 1, T, 2, 2, 64, 64, dtype))
 
 
@@ -1567,31 +1561,26 @@ def test_sharded_by_jit(precise, kind, sizes, spec):
 @each_check
 @parametrize("what", ["state-made-inside", "constants", "split-over-one-of-two"])
 def test_seq_axis_of_operands_that_are_the_same_on_all_devices(precise, check, what):
-    """The state, or all tokens, are replicated or made inside, beside an axis that splits rows."""
+    """The state is made inside, or all tokens are. Or two devices have the same tokens."""
     q, k, v, s0, *_ = inputs(36, 2, 64, 4, 2, 8, 8)
-    axes = ("d", "t") if what == "split-over-one-of-two" else "t"
-    rows = None if what == "split-over-one-of-two" else "d"
-    copies = 1 if "state" in what else 2
+    twice_seen, own_state = what == "split-over-one-of-two", what == "state-made-inside"
+    rows, axes = (None, ("d", "t")) if twice_seen else ("d", "t")
 
-    def tokens_of(x):  # as the devices see them together
-        if what == "split-over-one-of-two":  # each of d's two parts is seen twice
-            return jnp.concatenate([x[:, :32]] * 2 + [x[:, 32:]] * 2, 1)
-        return jnp.concatenate([x] * copies, 1)
-
-    def whole(q, k, v, s):
-        state = jnp.zeros_like(s0) if what == "state-made-inside" else jnp.repeat(s, 2, 0)
-        return of_layer_1(*map(tokens_of, (q, k, v)), state)
+    def whole(q, k, v, s):  # the tokens as the devices see them together
+        parts = {"constants": [slice(None)] * 2, "state-made-inside": [slice(None)]}
+        parts = parts.get(what, [slice(32)] * 2 + [slice(32, None)] * 2)
+        q, k, v = (jnp.concatenate([x[:, part] for part in parts], 1) for x in (q, k, v))
+        return of_layer_1(q, k, v, jnp.zeros_like(s0) if own_state else jnp.repeat(s, 2, 0))
 
     def part(q, k, v, s):
         if what == "constants":
             q = k = v = jnp.ones((1, 64, 4, 8))
-        state = jnp.zeros((q.shape[0], 4, 8, 8)) if what == "state-made-inside" else s
-        state = state if rows else jnp.repeat(s, 2, 0)
-        return of_layer_1(q, k, v, state, seq_axis=axes)
+        s = jnp.zeros((1, 4, 8, 8)) if own_state else jnp.repeat(s, 2, 0) if twice_seen else s
+        return of_layer_1(q, k, v, s, seq_axis=axes)
 
     if what == "constants":
         q = k = v = jnp.ones((2, 64, 4, 8))
-    own = P(rows, None) if what == "constants" else P(rows, "d" if rows is None else "t")
+    own = P(rows, {"constants": None, "state-made-inside": "t"}.get(what, "d"))
     specs = dict(in_specs=(own, own, own, P()), out_specs=(P(rows, axes), P(rows)))
     part = jax.shard_map(part, mesh=mesh_of(AUTO, d=2, t=2), check_vma=check, **specs)
     args = q, k, v, s0[:1]
@@ -1805,33 +1794,26 @@ def wrong_calls():
             (x(2, 8, 4, 513), V, "a head dim from 1 to 512, got 513")]),
         ("query", dict(key=k[..., :0]), [(q[..., :0], V, "a head dim from 1 to 512, got 0")]),
         ("key", {}, [
-            (3.0, T, "an array, got float"),
-            (k[0], V, "shape [2, 8, num_kv_heads, 16], got (8, 2, 16)"),
             (k[..., :8], V, "shape [2, 8, num_kv_heads, 16], got (2, 8, 2, 8)"),
-            (k.astype("complex64"), T, "floating point, got complex64"),
             (k.astype("float16"), T, "the dtype of query, float32, got float16")]),
         ("key", dict(value=k[:, :, :0]), [
             (k[:, :, :0], V, "num_kv_heads to divide num_heads, got 0 and 4")]),
         ("key", dict(query=x(2, 8, 3, 16)), [
             (k, V, "num_kv_heads to divide num_heads, got 2 and 3")]),
         ("value", {}, [
-            (None, T, "an array, got NoneType"),
-            (k[..., None], V, "shape [2, 8, 2, v_head_dim], got (2, 8, 2, 16, 1)"),
             (k[:, :, :1], V, "shape [2, 8, 2, v_head_dim], got (2, 8, 1, 16)"),
             (bfloat16, T, "the dtype of query, float32, got bfloat16"),
             (x(2, 8, 2, 600), V, "a head dim from 1 to 512, got 600")]),
         ("layer_idx", {}, [
             (4, V, "0 to num_layers - 1, got 4 of 4"), (-1, V, "0 to num_layers - 1, got -1"),
             (10**400, V, "0 to num_layers - 1, got 1000"), (1.5, T, f"{integer} 1.5"),
-            (True, T, f"{integer} True"), ("3", T, f"{integer} '3'"),
-            (V, T, f"{integer} <class 'ValueError'>"),
+            (True, T, f"{integer} True"), (V, T, f"{integer} <class 'ValueError'>"),
             (np.array([1, 2]), V, "a scalar, got shape (2,)")]),
         ("layer_idx", dict(num_layers=None), [
             (None, V, layer),
             (-x(4), T, "an integer, got an array of float32 and shape (4,): log decays are")]),
         ("num_layers", {}, [
-            (2**31, V, "1 to 2**31 - 1, got 2147483648"), ("3", T, f"{integer} '3'"),
-            (None, V, layer)]),
+            (2**31, V, "1 to 2**31 - 1, got 2147483648"), (None, V, layer)]),
         ("num_layers", dict(layer_idx=0), [(0, V, "1 to 2**31 - 1, got 0")]),
         ("g_gamma", {}, [(x(4), V, "either g_gamma or layer_idx and num_layers, got both")]),
         ("g_gamma", no_layer, [
@@ -1847,7 +1829,6 @@ def wrong_calls():
         ("output_final_state", {}, [(1, T, "True or False, got 1")]),
         ("initial_state", {}, [
             (x(3, 4, 16, 16), V, "shape [2, 4, 16, 16], got (3, 4, 16, 16). The first size is"),
-            (x(2, 4, 16, 16, dtype="int32"), T, "floating point, got int32"),
             (x(2, 8, 16, 16), V, f"shape [2, 4, 16, 16], got (2, 8, 16, 16). {hint}")]),
         ("initial_state", dict(cu_seqlens=cu(0, 4, 8), **packed), [
             (x(1, 4, 16, 16), V, "The first size is the number of packed sequences"),
