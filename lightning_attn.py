@@ -1511,7 +1511,10 @@ def _step_kernel(
 
 STATES_CHUNK = 64  # tokens per chunk of `_chunk_state_kernel`
 SEGMENT = 512  # tokens that a segment has at least: its state must cost less than they do
-_SHARED_MEMORY = dict(sm_80=163, sm_87=163, sm_90=227, sm_100=227)  # KiB per program, if not 99
+# KiB of shared memory per program
+_SHARED_MEMORY = dict(
+    sm_80=163, sm_87=163, sm_86=99, sm_89=99, sm_90=227, sm_100=227, sm_120=99, gfx942=64
+)
 
 
 @dataclasses.dataclass(frozen=True)
