@@ -1422,11 +1422,12 @@ def of_layer_1(q, k, v, *state, **kwargs):
 
 @parametrize("inside", [None, 2], ids=["jit", "rest-of-shard_map"])
 @parametrize("rows", [1, 2])
-@parametrize("parts", [2, 3, 4, 6, 8])
-def test_devices_have_the_heads_that_they_read(rows, parts, inside):
-    """Whatever the heads are. Inside of a shard_map a device has all or one of the shared heads."""
-    place = np.arange(rows * parts)
-    wanted = np.stack([place // parts, place % parts], -1)
+@parametrize("parts, minor", [(2, 1), (3, 1), (4, 1), (6, 1), (8, 1), (6, 3), (8, 2)])
+def test_devices_have_the_heads_that_they_read(rows, parts, minor, inside):
+    """Whatever the heads are, and where the heads are split over two axes of a mesh, of which the
+    minor axis has the larger steps. In a shard_map a device has all or one of the shared heads."""
+    row, place = np.divmod(np.arange(rows * parts), parts)
+    wanted = np.stack([row, place % minor * (parts // minor) + place // minor], -1)
     pairs = [(H, Hk) for H in range(1, 25) for Hk in range(1, H + 1) if H % Hk == 0]
     for H, Hk in pairs:
         axes, heads, shared = la._device_axes(wanted, H, Hk, inside)
