@@ -15,7 +15,7 @@ devices     one GPU beside all: a jit over batch or heads, and a shard_map with 
             is then that of all GPUs together
 peers       measured in the same way, each in a process of its own, once per shape. Backward is the
             time of both passes minus that of forward. * marks a time of fla of which Python takes
-            at least nine tenths to launch the kernels: the kernels take less
+            at least seven tenths to launch the kernels: the kernels may take less
 """
 
 import argparse
@@ -355,7 +355,7 @@ def measure_fla(row, rate=None):
 
 def by_python(row, way):
     """Whether a time is Python's, not that of the kernels."""
-    return way in row.python_ms and row.python_ms[way] >= 0.9 * row.ms[way]
+    return way in row.python_ms and row.python_ms[way] >= 0.7 * row.ms[way]
 
 
 PEERS = {"fla": measure_fla, "softmax": measure}
@@ -418,7 +418,7 @@ def show_table(rows):
 
 COLOURS = {"lightning_attn": "#0a5fb4", "fla": "#c4622d", "softmax": "#7a5195"}
 NOTES = """100 %: the time of a copy of as many bytes as the pass must read and write
-White points and bars of fla: the time that Python takes to launch its kernels, which take less
+White points and bars of fla: at least seven tenths of the time is Python's, launching kernels
 """
 PICTURED = [shape_of(text) for text in MODELS[MINIMAX].split()]
 

@@ -1695,6 +1695,18 @@ def test_reference_in_a_checked_shard_map(cu):
 
 
 @wants_8_cpus
+@parametrize("spec", [P("a"), P(None, None, "a")], ids=["rows", "heads"])
+def test_meshes_without_devices(spec):
+    """Plain JAX is lowered for any platform. The README's test runs such an export."""
+    f = functools.partial(of_layer_1, backend="xla")
+    mesh = jax.sharding.AbstractMesh((4,), ("a",), axis_types=(AUTO,))
+    x = jax.ShapeDtypeStruct((4, 64, 8, 8), "float32", sharding=NamedSharding(mesh, spec))
+    for call in f, gradients_of(f):
+        for platform in "cpu", "tpu", "cuda":
+            jax.jit(call).trace(x, x, x).lower(lowering_platforms=(platform,))
+
+
+@wants_8_cpus
 @parametrize("axis", ["seq", "tp", None])
 @parametrize("is_set", [False, True], ids=["mesh-given", "mesh-set"])
 def test_nested_shard_maps(precise, is_set, axis):
