@@ -84,7 +84,7 @@ if not _fits(jax.__version__, _JAX):
         f"lightning_attn needs jax{_JAX} and found jax {jax.__version__}: pip install 'jax{_JAX}'"
     )
 
-_unfit = None  # why installed kernels cannot run
+_missing = None  # why the kernels cannot run
 try:
     import jax_triton
     import triton
@@ -96,14 +96,8 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
-except Exception as error:
-    triton = None
-    # macOS and TPU hosts have no Triton, so no warning is due here. `_backend` warns GPU hosts.
-    if not (isinstance(error, ModuleNotFoundError) and error.name in ("jax_triton", "triton")):
-        _unfit = f"{type(error).__name__}: {error}"
-_SLOW = "lightning_attn: GPUs take the plain-JAX path, which is many times slower, because "
-if _unfit:
-    warnings.warn(f"{_SLOW}the kernels cannot run: {_unfit}. {_NEEDS}")
+except Exception as error:  # `_backend` tells who has a GPU
+    triton, _missing = None, f"{type(error).__name__}: {error}"
 if triton and _fits(_found["jax"], ">=0.12") and _found["jax-triton"] == "0.4.1":
     # jax 0.12 hands a rule for dead code three arguments, jax-triton 0.4.1's takes two.
     partial_eval.dce_rules[jax_triton.triton_lib.triton_kernel_call_p] = lambda used, live, eqn: (
@@ -488,7 +482,8 @@ def _scan_xla(op, x, do=None, ds=None):
     precision = op.precision if dtype == wide else "default"
     # keeps XLA from folding the decays of known g into large constants, which is slower
     g = lax.optimization_barrier(x.g)
-    # tokens to add, so that a plain batch has whole groups
+    # Tokens to add, so that a plain batch has whole groups. C of them let JAX see that a chunk fits
+    # in a symbolic T.
     rest = 0 if varlen else -T % (N * C) if isinstance(T, int) else C
     q, k, v, q2, do = (
         a if a is None else jnp.pad(a, ((0, 0), (0, rest), (0, 0), (0, 0)))
@@ -1999,7 +1994,8 @@ def _axes(parts):
     axes, stride = [], 1
     while stride < len(parts):
         step, k = parts[stride], np.arange(len(parts) // stride)
-        regular = (parts[k * stride] == k[:, None] * step).all(1)  # how many equal steps follow
+        regular = (parts[k * stride] == k[:, None] * step).all(1)
+        # the size is the number of equal steps that follow one another
         axes.insert(0, (max(2, int(np.argmin([*regular, False]))), step))
         stride *= axes[0][0]
     sizes, steps = zip(*axes)
@@ -2121,7 +2117,6 @@ def _exchange(op, axes, x):
     only_state = dataclasses.replace(op, only_state=True, final_state=True, name="state")
     local = _Operands(x.k, x.k, x.v, _pcast(x.g, _varying(x.k)))  # k for q: no query is read
     _, state, _ = _attend(only_state, local)
-
     states_around = functools.partial(_states_around, op, axes, x.k.shape[1])
     return _in_auto_mode(states_around, (state, x.g, x.s0), (_spec(state), _spec(state)))
 
@@ -2203,7 +2198,7 @@ def _layer(layer_idx, num_layers):
     for name, x in ("layer_idx", layer_idx), ("num_layers", num_layers):
         if x is None:
             raise ValueError(
-                f"{name}: expected layer_idx and num_layers, or g_gamma in place of both, got None"
+                f"{name}: expected layer_idx and num_layers, or g_gamma= in place of both, got None"
             )
     layer_idx, num_layers = _scalar("layer_idx", layer_idx), _scalar("num_layers", num_layers)
     known = type(num_layers) is int
@@ -2278,8 +2273,8 @@ def _backend(backend, q, cu_seqlens):
         raise ValueError(f'backend: expected None, "triton" or "xla", got {backend!r}')
     if backend == "triton" and triton is None:
         raise ValueError(
-            'backend: expected None or "xla", as jax-triton and triton cannot be used, got '
-            f'"triton": {_unfit or "not installed"}. {_NEEDS}'
+            'backend: expected None or "xla", because the kernels cannot run, got "triton": '
+            f"{_missing}. {_NEEDS}"
         )
     arch = _gpu()[0] if _gpu() else None
     # GPUs before sm_80 lack Triton's matrix products: its code spills, and overflows shared memory
@@ -2289,8 +2284,11 @@ def _backend(backend, q, cu_seqlens):
             'backend: expected None or "xla" without a GPU for the kernels (NVIDIA from '
             f'sm_80 on, AMD), got "triton" and {arch or jax.default_backend()}'
         )
-    if triton is None and not _unfit and arch and not old and backend is None:
-        warnings.warn(f"{_SLOW}jax-triton or triton is not installed. {_NEEDS}")
+    if triton is None and arch and not old and backend is None:
+        warnings.warn(
+            "lightning_attn: GPUs take the plain-JAX path, which is many times slower, because the "
+            f"kernels cannot run: {_missing}. {_NEEDS}"
+        )
     if triton is None or q.dtype == jnp.float64 or old:
         return "xla"
     sizes = *q.shape, *(() if cu_seqlens is None else cu_seqlens.shape)
@@ -2343,7 +2341,7 @@ def _scalar(name, x, kind=jnp.integer):
     if isinstance(x, (jax.Array, np.ndarray)) and x.shape != ():
         raise ValueError(f"{name}: expected a scalar, got shape {x.shape}")
     is_array = isinstance(x, (jax.Array, np.ndarray, np.generic))
-    dtype = x.dtype if is_array else type(x) if type(x) in (int, float) else bool  # neither
+    dtype = x.dtype if is_array else type(x) if type(x) in (int, float) else bool  # refused
     is_int = jnp.issubdtype(dtype, jnp.integer)
     if not (is_int or jnp.issubdtype(dtype, kind)):
         kind = "an integer" if kind is jnp.integer else "a real number"
