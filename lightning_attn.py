@@ -420,8 +420,6 @@ class _Op:
     after_read: bool = False  # the state decays after it is read, not before a token is added
     only_state: bool = False  # o is None
     final_state: bool = True  # False: s is None
-    o_group: int = 1  # neighboring heads of o that are summed into one
-    o2_group: int = 1  # of o2, likewise
     swapped: bool = False  # kernels sum the states of splits with k and v exchanged
     name: str = "forward"  # in profiles
 
@@ -717,9 +715,8 @@ def _two_scans(scan, op, x):
     B, _, H, *_ = _sizes(x)
     same_rows = x.q.shape[0] == x.q2.shape[0]
     x = x if same_rows else x._replace(g=jnp.broadcast_to(x.g, (B, H)))
-    o, s, _ = scan(dataclasses.replace(op, o2_group=1), x._replace(q2=None))
-    of_o2 = dict(final_state=False, o_group=op.o2_group, o2_group=1, swapped=True)
-    o2, *_ = scan(dataclasses.replace(op, **of_o2), x.transposed(x.q2))
+    o, s, _ = scan(op, x._replace(q2=None))
+    o2, *_ = scan(dataclasses.replace(op, final_state=False, swapped=True), x.transposed(x.q2))
     return o, s, o2
 
 
@@ -735,18 +732,11 @@ def _gradients(op, x, wants_dg, do, ds):
 def _gradients_by_scans(op, x, wants_dg, do, ds):
     if do is None:
         do = jnp.zeros((*x.q.shape[:2], x.g.shape[1], x.v.shape[3]), x.v.dtype)
-    # The scans sum over the heads that share a head of q, k or v, because a scan knows the heads of
-    # its device. In a shard_map the scan does not know its device, and one shared head is on all
-    # devices: there results keep all H heads, and `_sum_heads` sums them below.
-    H, manual = x.g.shape[1], jax.sharding.get_abstract_mesh().manual_axes
-    group_of = lambda heads: 1 if manual or heads == 1 else H // heads
-    q_group, k_group, v_group = (group_of(a.shape[2]) for a in x[:3])
-    op = dataclasses.replace(op, only_state=False, final_state=False, o_group=q_group, name="dq")
+    op = dataclasses.replace(op, only_state=False, final_state=False, name="dq")
     back = dataclasses.replace(op.adjoint(), final_state=x.s0 is not None, name="dk_dv")
-    back = dataclasses.replace(back, o_group=v_group, o2_group=k_group)
     dq, *_ = _attend(op, x.transposed(do))
     dv, ds0, dk = _attend(back, x._replace(q=x.k, k=x.q, v=do, s0=ds, q2=x.v))
-    dq, dk, dv = (_sum_heads(a, a.shape[2] // b.shape[2]) for a, b in zip((dq, dk, dv), x))
+    dq, dk, dv = (_sum_heads(a, b.shape[2]) for a, b in zip((dq, dk, dv), x))
     dg = None
     if wants_dg is not None:
         dg = _decay_gradient(op, x, do, ds)
@@ -754,18 +744,14 @@ def _gradients_by_scans(op, x, wants_dg, do, ds):
     return _Operands(dq, dk, dv, dg, ds0)
 
 
-def _sum_heads(x, group):
-    """x [..., H, columns] or None, summed over each `group` of neighboring heads. A device that has
-    only parts of groups gets the sums of these parts, in float32."""
-    if x is None:
-        return None
-    *front, H, columns = x.shape
-    size = math.gcd(H, group)
-    if size == 1:
+def _sum_heads(x, heads):
+    """x [B, T, H, columns] summed, in float32, over the H / heads heads that share each head."""
+    B, T, H, columns = x.shape
+    if H == heads:
         return x
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    sums = x.reshape(*front, H // size, size, columns).sum(-2, dtype=wide)
-    return sums.astype(x.dtype) if size == group else sums
+    x = x.reshape(B, T, heads, H // heads, columns)
+    return x.sum(3, dtype=wide).astype(x.dtype)
 
 
 def _decay_gradient(op, x, do, ds):
@@ -1815,14 +1801,14 @@ def _scan(op):
 
 
 def _with_sharding_rule(op, x):
-    """The scan with a sharding rule: each device scans its own batch rows and heads. Devices send
-    only sums, of the gradients of key and value heads that they share."""
+    """The scan with a sharding rule: each device scans its own batch rows and heads, and sends
+    nothing."""
     mesh = _mesh_of(x)
-    auto_sizes = (n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
-    auto_devices = math.prod(auto_sizes)
+    in_shard_map = bool(mesh.manual_axes)
+    one_device = all(n == 1 or axis in mesh.manual_axes for axis, n in mesh.shape.items())
     without_devices = not mesh.empty and mesh.abstract_device is None
     empty = not all(a.size for a in jax.tree.leaves(x))
-    if empty or without_devices or (mesh.manual_axes and auto_devices == 1):
+    if empty or without_devices or in_shard_map and one_device:
         return _dispatch(op, x)
     # jit, because custom_partitioning takes no constants: jit makes closed-over constants its own
     scan = jax.jit(functools.partial(_dispatch, op))
@@ -1832,7 +1818,7 @@ def _with_sharding_rule(op, x):
     whole = tuple(dim for side in rule for named in side for dim in named if "whole" in dim)
     call = custom_partitioning(scan)
     call.def_partition(
-        functools.partial(_partition, op, dims, auto_devices if mesh.manual_axes else None),
+        functools.partial(_partition, op, dims, in_shard_map),
         sharding_rule=" -> ".join(", ".join(map(" ".join, side)) for side in rule),
         need_replication_factors=whole,
         decode_shardings=False,  # JAX decodes whole mesh axes: the compiler may split parts of them
@@ -1900,19 +1886,17 @@ def _dims(x, results):
     return _Dims(rows, operands, results, sizes["h"], shared_heads)
 
 
-def _partition(op, dims, auto_devices, _mesh, operands, results):
-    """How one device scans its part: mesh, function, shardings of the results and the operands.
-    `auto_devices`: the number of devices that a shard_map leaves to the compiler, or None."""
+def _partition(op, dims, in_shard_map, _mesh, operands, results):
+    """How one device scans its part: mesh, function, shardings of the results and the operands."""
     # Dims of the same name are split alike. So one array tells how all arrays are split: the first
     # that has all of these dims, or most of them.
     split_dims = [*dims.rows, "h"]
     arrays = zip((*dims.results, *dims.operands), (*results, *operands[0]))
     named, array = max(arrays, key=lambda pair: len({*split_dims} & {*(pair[0] or ())}))
-    devices = auto_devices or len(array.sharding.device_set)
-    parts_of_dim = dict(zip(named, _parts(array, devices).T))
-    nowhere_split = np.zeros(devices, int)
+    parts = _parts(array)
+    parts_of_dim, nowhere_split = dict(zip(named, parts.T)), 0 * parts[:, 0]
     parts = np.stack([parts_of_dim.get(dim, nowhere_split) for dim in split_dims], -1)
-    axes, heads, shared_heads = _device_axes(parts, dims.H, dims.shared_heads, auto_devices)
+    axes, heads, shared_heads = _device_axes(parts, dims.H, dims.shared_heads, in_shard_map)
     names = [f"axis{i}" for i in range(len(axes))]
     mesh = jax.sharding.AbstractMesh(tuple(size for size, _ in axes), tuple(names))
 
@@ -1934,33 +1918,23 @@ def _partition(op, dims, auto_devices, _mesh, operands, results):
     group = dims.H // dims.shared_heads
     size = math.gcd(heads, group)  # neighbors that read the same shared head
 
-    def read():
-        """Which of the device's shared heads each `size` of its heads read."""
-        return (lax.axis_index(sharing) * heads + size * jnp.arange(heads // size)) // group
-
-    select = lambda a: jnp.take(a, read(), axis=-2, mode="clip")
-
-    def sum_devices(a):
-        """The sums of the heads that read each shared head, on all devices that have this head."""
-        reads = (read() == jnp.arange(shared_heads)[:, None])[..., None]
-        wide = jnp.promote_types(a.dtype, jnp.float32)
-        sums = jnp.where(reads, a[..., None, :, :], 0).sum(-2, dtype=wide)
-        return lax.psum(sums, sharing).astype(operands[0].v.dtype)
-
-    def on_shared(f, arrays, named):
-        return (f(a) if "shared" in (dim_names or ()) else a for a, dim_names in zip(arrays, named))
+    def select(a, named):
+        """The heads of an operand that each `size` heads of this device read."""
+        if not selects or "shared" not in (named or ()):
+            return a
+        first = lax.axis_index(sharing) * heads
+        read = (first + size * jnp.arange(heads // size)) // group
+        return jnp.take(a, read, axis=-2, mode="clip")
 
     def one_device(x):
         # each device sees unsharded arrays
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            x = _Operands(*on_shared(select, x, dims.operands)) if selects else x
-            found = _dispatch(op, x)
-            return tuple(on_shared(sum_devices, found, dims.results)) if sharing else found
+            return _dispatch(op, _Operands(*map(select, x, dims.operands)))
 
     return mesh, one_device, tuple(map(put, dims.results)), (_Operands(*map(put, dims.operands)),)
 
 
-def _device_axes(parts, H, shared_heads, auto_devices):
+def _device_axes(parts, H, shared_heads, in_shard_map):
     """How devices split H heads and the heads that these share. `parts` [devices, dims] says which
     part of each dim a device is to have; the last dim is the heads. Takes the first try that the
     heads and a mesh allow, the finest first. Returns the axes of this mesh, whose steps have one
@@ -1972,17 +1946,18 @@ def _device_axes(parts, H, shared_heads, auto_devices):
         # Devices that share several heads select theirs by the number of the device among these
         # devices. The number is not known in a shard_map.
         selects = shared_count < min(shared_heads, count)
-        if H % count == 0 and not (selects and auto_devices):
+        if H % count == 0 and not (selects and in_shard_map):
             if axes := _axes(np.c_[tried, tried[:, -1] // (count // shared_count)]):
                 break
     return axes, H // count, shared_heads // shared_count
 
 
-def _parts(x, devices):
-    """Which part of each dim of x each device has, [devices, dims]."""
+def _parts(x):
+    """Which part of each dim of x each device has, [devices, dims]. In a shard_map, these are the
+    devices that the shard_map leaves to the compiler."""
     tiling = x.sharding._to_xla_hlo_sharding(len(x.shape))
     if tiling.is_replicated():
-        return np.zeros((devices, len(x.shape)), int)
+        return np.zeros((len(x.sharding.device_set), len(x.shape)), int)
     place = np.argsort(tiling.tile_assignment_devices())
     parts = np.unravel_index(place, tiling.tile_assignment_dimensions())
     return np.stack(parts[: len(x.shape)], -1)
@@ -2017,8 +1992,7 @@ def _dispatch(op, x):
     def run(scan, *leaves):
         folded = jax.tree.unflatten(jax.tree.structure(x), leaves)
         results = scan(op, jax.tree.map(fold, folded) if front > 1 else folded)
-        o, s, o2 = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), results)
-        results = _sum_heads(o, op.o_group), s, _sum_heads(o2, op.o2_group)
+        results = jax.tree.map(lambda a: a.reshape(*rows, *a.shape[1:]), results)
         return _pcast(results, _varying(leaves))
 
     with jax.named_scope(f"lightning_attn_{op.name}"):
