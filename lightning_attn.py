@@ -188,9 +188,8 @@ def lightning_attn(
       cu_seqlens: [num_seqs + 1] integers, concrete or traced: boundaries, from 0 up, of sequences
         that are packed in a batch of 1. Equal neighbours are an empty sequence. Tokens past the
         last boundary, and before a traced first boundary, belong to no sequence: their outputs and
-        gradients are 0, whatever they hold. Traced boundaries cannot be checked. No kernel leaves
-        its arrays whatever they hold; nothing else is promised of boundaries that decrease or lie
-        outside of the tokens.
+        gradients are 0, whatever they hold. Traced boundaries are not checked: kernels stay inside
+        their arrays, but boundaries that decrease or lie outside of the tokens give wrong results.
       g_gamma: [num_heads], log decay per token in nats, <= 0, possibly traced. Values above 0 raise
         if they are concrete. Otherwise they count as 0, and their gradient is 0.
       backend: None picks when the computation is lowered: Triton for cuda and rocm, plain JAX for
@@ -209,11 +208,9 @@ def lightning_attn(
         loop, unless the sequence is so long that it is cut into segments.
 
     Accuracy: states, decays and sums are float32. float32 inputs follow
-    `jax.default_matmul_precision`: TF32 by default on GPUs, float32 for "high" and "highest". The
-    error of each head's gradient is at most 2e-3 for float32 at "highest", and 1e-2 for 16 bits and
-    TF32, relative to the gradient or, if the gradient's terms cancel, to the root of the sum of
-    their squares. With float16 inputs, states and scaled scores round to float16 before they are
-    multiplied, and overflow past 65504.
+    `jax.default_matmul_precision`: TF32 by default on GPUs, float32 for "high" and "highest". With
+    float16 inputs, states and scaled scores round to float16 before they are multiplied, and
+    overflow past 65504.
 
     Raises:
       TypeError, ValueError: before anything runs. Messages name what is expected and what came.
@@ -663,14 +660,7 @@ def _transposed(s):
 # have gradients of their own: the rules hold for adjoint scans as well.
 
 
-def _attend(op, x):
-    """The scan with its gradients. Outside of shard_map a symbolic zero tells the gradients that a
-    result is not used. shard_map does not know symbolic zeros: zeros come instead."""
-    in_shard_map = jax.sharding.get_abstract_mesh().manual_axes
-    return (_attend_inside if in_shard_map else _attend_outside)(op, x)
-
-
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _forward(op, x):
     specs = list(map(_spec, x[:3]))
     # o and s are split as the first operand that is split: over rows, and over heads by other axes
@@ -686,26 +676,26 @@ def _forward(op, x):
 def _attend_fwd(op, x):
     """The last saved value says whether the gradient of g is wanted, which costs one more scan. The
     flag is an empty pytree, () or None, so that it stays static under jit."""
-    wanted = () if x.g.perturbed else None
+    wants_dg = () if x.g.perturbed else None
     x = custom_vjp_primal_tree_values(x)
-    return _attend(op, x), (x, wanted)
+    return _attend(op, x), (x, wants_dg)
 
 
 @_promotes
 def _attend_bwd(op, saved, cotangents):
     x, wants_dg = saved
-    if x.q2 is None:
+    if x.q2 is None:  # a symbolic zero is the cotangent of a result that is not used
         do, ds = (None if isinstance(c, SymbolicZero) else c for c in cotangents[:2])
         return (_gradients(op, x, wants_dg, do, ds),)
     # only second derivatives differentiate a fused scan: two scans have gradients
     zeros = lambda c: jnp.zeros(c.shape, c.dtype) if isinstance(c, SymbolicZero) else c
-    two_scans = functools.partial(_two_scans, _attend, op)
-    return jax.vjp(two_scans, x)[1](jax.tree.map(zeros, cotangents))
+    cotangents = _pcast(jax.tree.map(zeros, cotangents), _varying(x))
+    return jax.vjp(functools.partial(_two_scans, _attend, op), x)[1](cotangents)
 
 
-_attend_outside, _attend_inside = (jax.custom_vjp(_forward, nondiff_argnums=(0,)) for _ in range(2))
-_attend_outside.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
-_attend_inside.defvjp(lambda op, x: (_attend(op, x), (x, ())), _attend_bwd)
+_forward.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+# The scan with its gradients. jit, because an eager shard_map takes no symbolic zeros.
+_attend = jax.jit(_forward, static_argnums=0)
 
 
 def _two_scans(scan, op, x):
@@ -1805,10 +1795,10 @@ def _with_sharding_rule(op, x):
     nothing."""
     mesh = _mesh_of(x)
     in_shard_map = bool(mesh.manual_axes)
-    one_device = all(n == 1 or axis in mesh.manual_axes for axis, n in mesh.shape.items())
+    auto_axes = [axis for axis, n in mesh.shape.items() if n > 1 and axis not in mesh.manual_axes]
     without_devices = not mesh.empty and mesh.abstract_device is None
     empty = not all(a.size for a in jax.tree.leaves(x))
-    if empty or without_devices or in_shard_map and one_device:
+    if empty or without_devices or in_shard_map and not auto_axes:
         return _dispatch(op, x)
     # jit, because custom_partitioning takes no constants: jit makes closed-over constants its own
     scan = jax.jit(functools.partial(_dispatch, op))
@@ -1914,13 +1904,12 @@ def _partition(op, dims, in_shard_map, _mesh, operands, results):
     # A device has `heads` of the H heads, and `shared_heads` of the shared heads. The devices along
     # the axes `sharing` have the same shared heads.
     sharing = [name for name in spec["h"] if name not in spec["shared"]]
-    selects = sharing and shared_heads > 1
     group = dims.H // dims.shared_heads
     size = math.gcd(heads, group)  # neighbors that read the same shared head
 
     def select(a, named):
         """The heads of an operand that each `size` heads of this device read."""
-        if not selects or "shared" not in (named or ()):
+        if "shared" not in (named or ()) or not sharing or shared_heads == 1:
             return a
         first = lax.axis_index(sharing) * heads
         read = (first + size * jnp.arange(heads // size)) // group
