@@ -1794,27 +1794,26 @@ def _with_sharding_rule(op, x):
     """The scan with a sharding rule: each device scans its own batch rows and heads, and sends
     nothing."""
     mesh = _mesh_of(x)
-    in_shard_map = bool(mesh.manual_axes)
-    auto_axes = [axis for axis, n in mesh.shape.items() if n > 1 and axis not in mesh.manual_axes]
     without_devices = not mesh.empty and mesh.abstract_device is None
-    empty = not all(a.size for a in jax.tree.leaves(x))
-    if empty or without_devices or in_shard_map and not auto_axes:
+    if without_devices or not all(a.size for a in jax.tree.leaves(x)):
         return _dispatch(op, x)
     # jit, because custom_partitioning takes no constants: jit makes closed-over constants its own
-    scan = jax.jit(functools.partial(_dispatch, op))
-    plain, results = jax.make_jaxpr(scan, return_shape=True)(x)
+    scan = jax.jit(lambda x, numbers: _dispatch(op, x))
+    operands = x, jnp.arange(x.g.shape[-1])  # numbers of heads: a device gets those of its heads
+    plain, results = jax.make_jaxpr(scan, return_shape=True)(*operands)
     dims = _dims(x, results)
-    rule = [[named for named in side if named] for side in (dims.operands, dims.results)]
+    sides = (*dims.operands, ["h"]), dims.results
+    rule = [[named for named in side if named] for side in sides]
     whole = tuple(dim for side in rule for named in side for dim in named if "whole" in dim)
     call = custom_partitioning(scan)
     call.def_partition(
-        functools.partial(_partition, op, dims, in_shard_map),
+        functools.partial(_partition, op, dims),
         sharding_rule=" -> ".join(", ".join(map(" ".join, side)) for side in rule),
         need_replication_factors=whole,
         decode_shardings=False,  # JAX decodes whole mesh axes: the compiler may split parts of them
     )
-    by_rule, warns = jax.make_jaxpr(call)(x), op.backend != "xla"
-    found = _partitioned.bind(*jax.tree.leaves(x), plain=plain, by_rule=by_rule, warns=warns)
+    by_rule, warns = jax.make_jaxpr(call)(*operands), op.backend != "xla"
+    found = _partitioned.bind(*jax.tree.leaves(operands), plain=plain, by_rule=by_rule, warns=warns)
     return jax.tree.unflatten(jax.tree.structure(results), found)
 
 
@@ -1876,7 +1875,7 @@ def _dims(x, results):
     return _Dims(rows, operands, results, sizes["h"], shared_heads)
 
 
-def _partition(op, dims, in_shard_map, _mesh, operands, results):
+def _partition(op, dims, _mesh, operands, results):
     """How one device scans its part: mesh, function, shardings of the results and the operands."""
     # Dims of the same name are split alike. So one array tells how all arrays are split: the first
     # that has all of these dims, or most of them.
@@ -1886,7 +1885,7 @@ def _partition(op, dims, in_shard_map, _mesh, operands, results):
     parts = _parts(array)
     parts_of_dim, nowhere_split = dict(zip(named, parts.T)), 0 * parts[:, 0]
     parts = np.stack([parts_of_dim.get(dim, nowhere_split) for dim in split_dims], -1)
-    axes, heads, shared_heads = _device_axes(parts, dims.H, dims.shared_heads, in_shard_map)
+    axes, heads, shared_heads = _device_axes(parts, dims.H, dims.shared_heads)
     names = [f"axis{i}" for i in range(len(axes))]
     mesh = jax.sharding.AbstractMesh(tuple(size for size, _ in axes), tuple(names))
 
@@ -1901,29 +1900,27 @@ def _partition(op, dims, in_shard_map, _mesh, operands, results):
             return None
         return NamedSharding(mesh, PartitionSpec(*(spec.get(dim) or None for dim in named)))
 
-    # A device has `heads` of the H heads, and `shared_heads` of the shared heads. The devices along
-    # the axes `sharing` have the same shared heads.
-    sharing = [name for name in spec["h"] if name not in spec["shared"]]
+    # A device has `heads` of the H heads, and `shared_heads` of the shared heads.
     group = dims.H // dims.shared_heads
     size = math.gcd(heads, group)  # neighbors that read the same shared head
 
-    def select(a, named):
+    def select(a, named, numbers):
         """The heads of an operand that each `size` heads of this device read."""
-        if "shared" not in (named or ()) or not sharing or shared_heads == 1:
+        if "shared" not in (named or ()) or shared_heads in (1, heads // group):
             return a
-        first = lax.axis_index(sharing) * heads
-        read = (first + size * jnp.arange(heads // size)) // group
-        return jnp.take(a, read, axis=-2, mode="clip")
+        return jnp.take(a, numbers[::size] // group % shared_heads, axis=-2, mode="clip")
 
-    def one_device(x):
+    def one_device(x, numbers):
         # each device sees unsharded arrays
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            return _dispatch(op, _Operands(*map(select, x, dims.operands)))
+            x = (select(a, named, numbers) for a, named in zip(x, dims.operands))
+            return _dispatch(op, _Operands(*x))
 
-    return mesh, one_device, tuple(map(put, dims.results)), (_Operands(*map(put, dims.operands)),)
+    of_operands = _Operands(*map(put, dims.operands)), put(["h"])
+    return mesh, one_device, tuple(map(put, dims.results)), of_operands
 
 
-def _device_axes(parts, H, shared_heads, in_shard_map):
+def _device_axes(parts, H, shared_heads):
     """How devices split H heads and the heads that these share. `parts` [devices, dims] says which
     part of each dim a device is to have; the last dim is the heads. Takes the first try that the
     heads and a mesh allow, the finest first. Returns the axes of this mesh, whose steps have one
@@ -1932,10 +1929,7 @@ def _device_axes(parts, H, shared_heads, in_shard_map):
     whole_heads = parts * (np.arange(parts.shape[1]) < parts.shape[1] - 1)
     tries = (parts, count, math.gcd(shared_heads, count)), (parts, count, 1), (whole_heads, 1, 1)
     for tried, count, shared_count in *tries, (0 * parts, 1, 1):
-        # Devices that share several heads select theirs by the number of the device among these
-        # devices. The number is not known in a shard_map.
-        selects = shared_count < min(shared_heads, count)
-        if H % count == 0 and not (selects and in_shard_map):
+        if H % count == 0:
             if axes := _axes(np.c_[tried, tried[:, -1] // (count // shared_count)]):
                 break
     return axes, H // count, shared_heads // shared_count
