@@ -1441,13 +1441,6 @@ def test_heads_from_projections(sizes, H, Hk, what, kind, precise):
         assert all(size <= most or op == "all-reduce" for op, size in collectives(compiled)), most
 
 
-def test_axes_of_a_mesh():
-    """(size, step) of the axes that give devices these parts of an array, if such axes exist."""
-    axes = lambda *part: la._axes(np.array(part)[:, None])
-    assert axes(0, 0, 1, 1) == [(2, 1), (2, 0)] and axes(0, 2, 1, 3) == [(2, 1), (2, 2)]
-    assert axes(0, 1, 1, 0) is None and axes(0, 1, 2, 0) is None
-
-
 @parametrize(
     "kind, sizes, spec",
     [
