@@ -1794,8 +1794,9 @@ def _with_sharding_rule(op, x):
     """The scan with a sharding rule: each device scans its own batch rows and heads, and sends
     nothing."""
     mesh = _mesh_of(x)
-    without_devices = not mesh.empty and mesh.abstract_device is None
-    if without_devices or not all(a.size for a in jax.tree.leaves(x)):
+    auto_sizes = (n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
+    without_devices = mesh.abstract_device is None or math.prod(auto_sizes) == 1
+    if not mesh.empty and without_devices or not all(a.size for a in jax.tree.leaves(x)):
         return _dispatch(op, x)
     # jit, because custom_partitioning takes no constants: jit makes closed-over constants its own
     scan = jax.jit(lambda x, numbers: _dispatch(op, x))

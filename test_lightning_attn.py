@@ -1211,16 +1211,16 @@ def by_jit(kind, is_set, rows=None, heads=None):
     return way
 
 
-def by_shard_map(rows=None, heads=None, tokens=None, others=None, kind=AUTO, check=True):
-    """Manual over one axis. `others`: the axis of a mesh that is left to the compiler."""
+def by_shard_map(rows=None, heads=None, tokens=None, others=None, kind=AUTO, check=True, second=2):
+    """Manual over one axis. `others`: the axis, of size `second`, that is left to the compiler."""
 
     def way(case):
         if tokens and (case.cu is not None or case.args["q"].shape[1] % DEVICES_USED):
             pytest.skip("these tokens cannot be split over the devices")
         axis = rows or heads or tokens
         # XLA cannot sum over a manual axis of one device beside others
-        second = 2 if others and DEVICES_USED > 2 else 1
-        axes = {axis: DEVICES_USED // second} | ({others: second} if others else {})
+        left = second if others and DEVICES_USED > 2 else 1
+        axes = {axis: DEVICES_USED // left} | ({others: left} if others else {})
         mesh = mesh_of(kind, **axes)
         specs, results = case.specs(rows, heads)
         if tokens:
@@ -1244,9 +1244,8 @@ def by_shard_map(rows=None, heads=None, tokens=None, others=None, kind=AUTO, che
             lowered = jax.jit(case.step(lambda **args: part(args))).lower(args)
             compiled = lowered.compile()
             out = compiled(args)
-        # the sharding rule is for axes that are left to the compiler
-        left = bool(others) and second > 1
-        assert ("CustomSPMDPartitioning" in lowered.as_text()) == left
+        # the sharding rule is for devices that are left to the compiler
+        assert ("CustomSPMDPartitioning" in lowered.as_text()) == (left > 1)
         if check and not HAS_GPU and not others:
             gathered = [size for op, size in collectives(compiled) if op == "all-gather"]
             # states are gathered once in each direction; the gradient of g is summed
@@ -1285,6 +1284,7 @@ WAYS = ONE_DEVICE | {
     "shard_map-tokens": by_shard_map(tokens="a"),
     "shard_map-tokens-unchecked": by_shard_map(tokens="a", check=False),
     "shard_map-rows-of-auto": by_shard_map(rows="a", others="b"),
+    "shard_map-rows-of-one": by_shard_map(rows="a", others="b", second=1),
     "shard_map-heads-of-explicit": by_shard_map(heads="a", others="b", kind=EXPLICIT),
     "shard_map-tokens-of-auto-unchecked": by_shard_map(tokens="a", others="b", check=False),
     "shard_map-tokens-of-explicit": by_shard_map(tokens="a", others="b", kind=EXPLICIT),
