@@ -125,7 +125,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def _promotes(f: _F) -> _F:
     """Runs f under JAX's default promotion rules, whatever the caller set. JAX calls the rules of a
-    transformation when the caller's settings hold again, so each rule is marked as well."""
+    transformation when the caller's settings hold again, so rules that compute are marked too."""
 
     @functools.wraps(f)
     def promotes(*args, **kwargs):
@@ -180,7 +180,7 @@ def lightning_attn(
         `jax.shard_map` over heads needs `g_gamma`: the formula numbers each device's heads from 0.
       softmax_scale: scale of the outputs, 0 or a normal number of float32; None means
         qk_head_dim ** -0.5. Each number compiles a program of its own. A traced scale has a
-        gradient. It multiplies `query` first, in the dtype of `query`.
+        gradient. It multiplies `query` first, and the product rounds to the dtype of `query`.
       initial_state: [n, num_heads, qk_head_dim, v_head_dim], floating: the states that the
         sequences start from. n is the batch or the number of packed sequences. None means zeros.
       reverse: a static bool. True runs from the last token to the first: `initial_state` enters at
@@ -342,9 +342,9 @@ def _intervals(T, cu_seqlens):
 def _work_items(T, cu_seqlens, length, reverse=False, per_segment=0, of_sequences=False):
     """Work items [R, 7] of `length` tokens each, where R is enough for any boundaries.
 
-    Items are segments, anchored where the scan starts. With `per_segment`, they are the splits of
-    all segments with a successor, `per_segment` each. Each interval has one item or more, which
-    write its outputs and its state, unless the items are `of_sequences`: then only tokens of
+    Items are segments or chunks, anchored where the scan starts. With `per_segment`, they are the
+    splits of all segments with a successor, `per_segment` each. Each interval has one item or more,
+    which write its outputs and its state, unless the items are `of_sequences`: then only tokens of
     sequences have items."""
     bounds, is_sequence = _intervals(T, cu_seqlens)
     tokens, intervals = bounds[1:] - bounds[:-1], is_sequence.shape[0]
@@ -425,7 +425,7 @@ class _Op:
 
 
 class _Operands(NamedTuple):
-    """The operands of a scan. All but q, k, v and g may be None. vmap puts more dims in front."""
+    """The operands of a scan. All but k, v and g may be None. vmap puts more dims in front."""
 
     q: Any
     k: Any
@@ -654,8 +654,8 @@ def _transposed(s):
 #     dq = scan(do, v, k, from s0^T)           dk = scan back(v, do, q, from ds^T)
 #     ds0 = the end of dv's scan               dv = scan back(k, q, do, from ds)
 #
-# The adjoint has the state A_j = e^{g (T-1-j)} ds + scale sum_{i>=j} e^{g (i-j)} q_i^T do_i, which
-# dv_j = k_j A_j and dk_j = v_j A_j^T read. ds is not scaled, so the scale is of what enters the
+# The adjoint has the state A_j = e^{g (T-1-j)} ds + scale sum_{i>=j} e^{g (i-j)} q_i^T do_i:
+# dv_j = k_j A_j and dk_j = v_j A_j^T read it. ds is not scaled, so the scale is of what enters the
 # state. A backward pass is two scans, of which one is fused: with q2 = v it yields dv and dk. Both
 # have gradients of their own: the rules hold for adjoint scans as well.
 
@@ -663,7 +663,7 @@ def _transposed(s):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _forward(op, x):
     specs = list(map(_spec, x[:3]))
-    # o and s are split as the first operand that is split: over rows, and over heads by other axes
+    # rows are split as the first of q, k and v that splits its rows; heads likewise, by other axes
     rows = next((spec[0] for spec in specs if spec[0] is not None), None)
     taken = set(jax.tree.leaves(rows))
     heads = (spec[2] for spec in specs if not taken & set(jax.tree.leaves(spec[2])))
@@ -674,8 +674,8 @@ def _forward(op, x):
 
 
 def _attend_fwd(op, x):
-    """The last saved value says whether the gradient of g is wanted, which costs one more scan. The
-    flag is an empty pytree, () or None, so that it stays static under jit."""
+    """The last saved value is () if the gradient of g is wanted, which costs one more scan, or else
+    None. Both are empty pytrees, so that the value stays static under jit."""
     wants_dg = () if x.g.perturbed else None
     x = custom_vjp_primal_tree_values(x)
     return _attend(op, x), (x, wants_dg)
@@ -701,7 +701,7 @@ _attend = jax.jit(_forward, static_argnums=0)
 def _two_scans(scan, op, x):
     """A fused scan as two. If K = V, the states of their splits are equal launches, of which XLA
     makes one."""
-    # B is read off the operands: with g in B rows, a scan without q or q2 has B rows as well
+    # B is read off the operands: with g in B rows, the scan without q and that without q2 have B
     B, _, H, *_ = _sizes(x)
     same_rows = x.q.shape[0] == x.q2.shape[0]
     x = x if same_rows else x._replace(g=jnp.broadcast_to(x.g, (B, H)))
@@ -712,7 +712,7 @@ def _two_scans(scan, op, x):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(op, x, wants_dg, do, ds):
-    """The cotangents of the operands, for those of o and s, of which each may be None."""
+    """The gradients of the operands, for do and ds, of which each may be None."""
     wants_dg = wants_dg if x.q.size and x.v.size else None  # without tokens nothing decays
     specs = jax.tree.map(_spec, x._replace(cu_seqlens=None))
     specs = specs if wants_dg is not None else specs._replace(g=None)
@@ -729,19 +729,16 @@ def _gradients_by_scans(op, x, wants_dg, do, ds):
     dq, dk, dv = (_sum_heads(a, b.shape[2]) for a, b in zip((dq, dk, dv), x))
     dg = None
     if wants_dg is not None:
-        dg = _decay_gradient(op, x, do, ds)
-        dg = dg if x.g.shape[0] > 1 else dg.sum(0, keepdims=True)
+        dg = _decay_gradient(op, x, do, ds).sum(0, keepdims=True)
     return _Operands(dq, dk, dv, dg, ds0)
 
 
 def _sum_heads(x, heads):
-    """x [B, T, H, columns] summed, in float32, over the H / heads heads that share each head."""
+    """Sums x [B, T, H, columns] over the H / heads heads that read each head."""
     B, T, H, columns = x.shape
     if H == heads:
         return x
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    x = x.reshape(B, T, heads, H // heads, columns)
-    return x.sum(3, dtype=wide).astype(x.dtype)
+    return x.reshape(B, T, heads, H // heads, columns).sum(3)  # jnp sums 16 bits in float32
 
 
 def _decay_gradient(op, x, do, ds):
@@ -1791,17 +1788,16 @@ def _scan(op):
 
 
 def _with_sharding_rule(op, x):
-    """The scan with a sharding rule: each device scans its own batch rows and heads, and sends
-    nothing."""
+    """The scan with a sharding rule: each device scans its own batch rows and heads."""
     mesh = _mesh_of(x)
     auto_sizes = (n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes)
-    without_devices = mesh.abstract_device is None or math.prod(auto_sizes) == 1
-    if not mesh.empty and without_devices or not all(a.size for a in jax.tree.leaves(x)):
+    nothing_to_split = mesh.abstract_device is None or math.prod(auto_sizes) == 1
+    if not mesh.empty and nothing_to_split or not all(a.size for a in jax.tree.leaves(x)):
         return _dispatch(op, x)
     # jit, because custom_partitioning takes no constants: jit makes closed-over constants its own
-    scan = jax.jit(lambda x, numbers: _dispatch(op, x))
-    operands = x, jnp.arange(x.g.shape[-1])  # numbers of heads: a device gets those of its heads
-    plain, results = jax.make_jaxpr(scan, return_shape=True)(*operands)
+    scan = jax.jit(lambda x, indices: _dispatch(op, x))
+    operands = x, jnp.arange(x.g.shape[-1])  # indices of heads: a device gets those of its heads
+    without_rule, results = jax.make_jaxpr(scan, return_shape=True)(*operands)
     dims = _dims(x, results)
     sides = (*dims.operands, ["h"]), dims.results
     rule = [[named for named in side if named] for side in sides]
@@ -1814,20 +1810,21 @@ def _with_sharding_rule(op, x):
         decode_shardings=False,  # JAX decodes whole mesh axes: the compiler may split parts of them
     )
     by_rule, warns = jax.make_jaxpr(call)(*operands), op.backend != "xla"
-    found = _partitioned.bind(*jax.tree.leaves(operands), plain=plain, by_rule=by_rule, warns=warns)
+    programs = dict(without_rule=without_rule, by_rule=by_rule)
+    found = _partitioned.bind(*jax.tree.leaves(operands), **programs, warns=warns)
     return jax.tree.unflatten(jax.tree.structure(results), found)
 
 
 _partitioned = jax.extend.core.Primitive("lightning_attn")
 _partitioned.multiple_results = True
-_partitioned.def_abstract_eval(lambda *_, plain, **__: plain.out_avals)
-_partitioned.def_impl(lambda *leaves, plain, **_: jax.extend.core.jaxpr_as_fun(plain)(*leaves))
+_partitioned.def_abstract_eval(lambda *_, without_rule, **__: without_rule.out_avals)
+_partitioned.def_impl(lambda *x, without_rule, **_: jax.extend.core.jaxpr_as_fun(without_rule)(*x))
 
 
-def _lower_partitioned(context, *leaves, plain, by_rule, warns):
-    """Lowers `by_rule`, or `plain` if Shardy is off or JAX does not know the devices, as in nested
-    shard_maps without `jax.set_mesh`. The compiler splits plain JAX well by itself, but gathers the
-    operands of kernels."""
+def _lower_partitioned(context, *leaves, without_rule, by_rule, warns):
+    """Lowers `by_rule`, or `without_rule` if Shardy is off or JAX does not know the devices, as in
+    nested shard_maps without `jax.set_mesh`. The compiler splits plain JAX well by itself, but
+    gathers the operands of kernels."""
     lower = lambda jaxpr: mlir.lower_fun(jax.extend.core.jaxpr_as_fun(jaxpr))(context, *leaves)
     if jax.config.jax_use_shardy_partitioner:
         try:
@@ -1840,7 +1837,7 @@ def _lower_partitioned(context, *leaves, plain, by_rule, warns):
                 "lightning_attn: on GPUs this call gathers its operands, because JAX does not know "
                 "the devices of the mesh. Call with jax.set_mesh(mesh)"
             )
-    return lower(plain)
+    return lower(without_rule)
 
 
 mlir.register_lowering(_partitioned, _lower_partitioned)
@@ -1848,14 +1845,14 @@ mlir.register_lowering(_partitioned, _lower_partitioned)
 
 class _Dims(NamedTuple):
     """Names of the dims of each operand and result. Dims of the same name are split alike: those of
-    vmap, "b", "h" for the H heads, and "shared" for heads of q, k or v that are fewer than H and
+    vmap, "b", "h" for the H heads, and "shared" for heads of operands that are fewer than H and
     more than 1. Each dim that stays whole has its own name."""
 
     rows: list  # the dims of vmap and "b"
     operands: _Operands
     results: tuple
     H: int
-    shared_heads: int  # the size of "shared"
+    shared_heads: int  # the size of "shared"; H without such a dim
 
 
 def _dims(x, results):
@@ -1878,19 +1875,17 @@ def _dims(x, results):
 
 def _partition(op, dims, _mesh, operands, results):
     """How one device scans its part: mesh, function, shardings of the results and the operands."""
-    # Dims of the same name are split alike. So one array tells how all arrays are split: the first
-    # that has all of these dims, or most of them.
+    # Dims of the same name are split alike. So one array that has all of these dims tells how all
+    # arrays are split. Each result has them.
     split_dims = [*dims.rows, "h"]
-    arrays = zip((*dims.results, *dims.operands), (*results, *operands[0]))
-    named, array = max(arrays, key=lambda pair: len({*split_dims} & {*(pair[0] or ())}))
-    parts = _parts(array)
-    parts_of_dim, nowhere_split = dict(zip(named, parts.T)), 0 * parts[:, 0]
-    parts = np.stack([parts_of_dim.get(dim, nowhere_split) for dim in split_dims], -1)
+    named, array = next(pair for pair in zip(dims.results, results) if pair[0])
+    parts = _parts(array)[:, [named.index(dim) for dim in split_dims]]
     axes, heads, shared_heads = _device_axes(parts, dims.H, dims.shared_heads)
     names = [f"axis{i}" for i in range(len(axes))]
     mesh = jax.sharding.AbstractMesh(tuple(size for size, _ in axes), tuple(names))
 
     def axes_of(column):
+        # the major axis first, which has the larger step
         steps = [(step[column], name) for (_, step), name in zip(axes, names) if step[column]]
         return tuple(name for _, name in sorted(steps, reverse=True))
 
@@ -1905,16 +1900,16 @@ def _partition(op, dims, _mesh, operands, results):
     group = dims.H // dims.shared_heads
     size = math.gcd(heads, group)  # neighbors that read the same shared head
 
-    def select(a, named, numbers):
-        """The heads of an operand that each `size` heads of this device read."""
+    def select(a, named, indices):
+        """One head of an operand for each `size` heads of this device, which read that head."""
         if "shared" not in (named or ()) or shared_heads in (1, heads // group):
             return a
-        return jnp.take(a, numbers[::size] // group % shared_heads, axis=-2, mode="clip")
+        return jnp.take(a, indices[::size] // group % shared_heads, axis=-2, mode="clip")
 
-    def one_device(x, numbers):
+    def one_device(x, indices):
         # each device sees unsharded arrays
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            x = (select(a, named, numbers) for a, named in zip(x, dims.operands))
+            x = (select(a, named, indices) for a, named in zip(x, dims.operands))
             return _dispatch(op, _Operands(*x))
 
     of_operands = _Operands(*map(put, dims.operands)), put(["h"])
@@ -1924,8 +1919,8 @@ def _partition(op, dims, _mesh, operands, results):
 def _device_axes(parts, H, shared_heads):
     """How devices split H heads and the heads that these share. `parts` [devices, dims] says which
     part of each dim a device is to have; the last dim is the heads. Takes the first try that the
-    heads and a mesh allow, the finest first. Returns the axes of this mesh, whose steps have one
-    more dim for shared heads, and how many heads and shared heads a device gets."""
+    heads and a mesh allow, the finest first. Returns the axes of this mesh, and how many heads and
+    shared heads a device gets. The last number of an axis' step is for the shared heads."""
     count = 1 + int(parts[:, -1].max())  # parts of the heads
     whole_heads = parts * (np.arange(parts.shape[1]) < parts.shape[1] - 1)
     tries = (parts, count, math.gcd(shared_heads, count)), (parts, count, 1), (whole_heads, 1, 1)
@@ -1954,7 +1949,7 @@ def _axes(parts):
     while stride < len(parts):
         step, k = parts[stride], np.arange(len(parts) // stride)
         regular = (parts[k * stride] == k[:, None] * step).all(1)
-        # the size is the number of equal steps that follow one another
+        # the size is the number of equal steps that follow one another; 2 or more, to get on
         axes.insert(0, (max(2, int(np.argmin([*regular, False]))), step))
         stride *= axes[0][0]
     sizes, steps = zip(*axes)
@@ -2034,8 +2029,8 @@ def _in_auto_mode(f, operands, out_specs):
 
 # One sequence on many devices ---------------------------------------------------------------------
 #
-# Each device starts from the state that the devices before it leave. Only states are sent, once
-# each way.
+# Each device starts from the state that the devices before it leave. Of the sequence, only states
+# are sent, once each way.
 
 
 @_promotes

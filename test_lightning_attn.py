@@ -223,7 +223,7 @@ def setting(name, value):
         jax.config.update(name, before)
 
 
-# Oracle -------------------------------------------------------------------------------------------
+# Oracle and inputs --------------------------------------------------------------------------------
 
 einsum = functools.partial(np.einsum, optimize=True)  # by matrix products
 
@@ -387,6 +387,17 @@ def assert_close(got, want, bar=2e-5):
             if x.shape[axis] <= 16:
                 for a, b in zip(np.moveaxis(x, axis, 0), np.moveaxis(y, axis, 0)):
                     assert error(a, b) < bar, (axis, error(a, b))
+
+
+QKV = (0, 1, 2)
+
+
+def sum_of_squares(f):
+    """A loss: the sum of the squares of all results of f."""
+    return lambda *args: sum((x.astype(jnp.float32) ** 2).sum() for x in jax.tree.leaves(f(*args)))
+
+
+gradients_of = lambda f, operands=QKV: jax.jit(jax.grad(sum_of_squares(f), operands))
 
 
 # Results and gradients ----------------------------------------------------------------------------
@@ -682,12 +693,12 @@ def test_many_segments(path, packed, reverse, in_splits, monkeypatch):
     some splits, or the end of the last split.
     """
     LAUNCHED.clear()
-    T, cu, g, sums = 380, [0, 300, 310, 370], [0.0, -0.01, -3.0], 12
+    T, cu, g, programs = 380, [0, 300, 310, 370], [0.0, -0.01, -3.0], 12
     if in_splits:
         arch, _ = module_of(path)._gpu() or ("sm_90", 0)
         gpu = arch, 9 if path == "triton" else 5
         monkeypatch.setattr(module_of(path), "_gpu", lambda: gpu if path != "xla" else None)
-        T, cu, sums = 760, [0, 5, 600, 750], 24
+        T, cu, programs = 760, [0, 5, 600, 750], 24
         g = [0.0, -0.2 if path == "gpu" else -1.0, -3.0 if reverse else -0.002]
     if path == "gpu":
         T, cu = (3200, [0, 20, 2520, 3150]) if in_splits else (1600, [0, 1350, 1360, 1560])
@@ -695,7 +706,7 @@ def test_many_segments(path, packed, reverse, in_splits, monkeypatch):
     check_against_oracle(path, *operands, g=g, reverse=reverse, cu=cu if packed else None)
     if path in EMULATED:  # 3 heads, and 2 segments of 2 or 4 splits before the last segment
         passing = "_state_passing_kernel", 6 if packed else 3
-        assert {("_chunk_state_kernel", sums), passing} < LAUNCHED
+        assert {("_chunk_state_kernel", programs), passing} < LAUNCHED
 
 
 @each_path
@@ -1013,9 +1024,9 @@ def test_nothing_is_fetched_while_tracing(monkeypatch):
 
 # Ways of calling ----------------------------------------------------------------------------------
 #
-# Every way of calling meets every kind of launch. On a CPU plain JAX computes the results, but the
-# launches are traced as well, so that errors of types, effects or partitioning show. On GPUs the
-# kernels run, on as many devices as there are.
+# On GPUs every way of calling meets every kind of launch, on as many devices as there are. On a CPU
+# most do: plain JAX computes the results, but the launches are traced as well, so that errors of
+# types, effects or partitioning show.
 
 # The smallest sizes that make each kind of launch.
 KINDS = {
@@ -1331,6 +1342,29 @@ def test_ways_of_calling(way, kind, precise, monkeypatch):
             check(got, want, "state" if name == "s0" else name)
 
 
+@parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_strict_promotion(packed):
+    """What `test_ways_of_calling` leaves out."""
+    q, k = jnp.ones((1, 80, 4, 8), "bfloat16"), jnp.ones((1, 80, 2, 8), "bfloat16")
+    s0, layer = jnp.ones((2 if packed else 1, 4, 8, 8), "float16"), jnp.int32(1)
+    pack = dict(cu_seqlens=jnp.array([0, 30, 60])) if packed else {}
+    options = pack | dict(initial_state=s0)
+
+    def loss(q, g):
+        o, s = lightning_attn(q, k, k, g_gamma=g, **options)
+        return o.astype(jnp.float32).sum() + s.sum()
+
+    with strict():
+        gradient = lambda q, g: jax.grad(loss)(q, g).astype(jnp.float32).sum()
+        jax.eval_shape(jax.grad(gradient, (0, 1)), q, -jnp.ones(4))
+        scaled = lambda i, n, scale: lightning_attn(q, k, k, i, n, scale, **options)
+        jax.eval_shape(scaled, layer, layer, jnp.float32(1))
+        jax.eval_shape(lambda q: lightning_attn_reference(q, k, k, 1, 4, **options), q)
+        of_axis = dict(mesh=mesh_of(AUTO, a=1), in_specs=P("a"), out_specs=P("a"))
+        decays = jax.shard_map(lambda i: lightning_g_gamma(4, i.reshape(()), 4), **of_axis)
+        jax.eval_shape(decays, layer[None])
+
+
 # Many devices -------------------------------------------------------------------------------------
 
 if HAS_GPU or len(jax.devices()) < 8:
@@ -1346,15 +1380,6 @@ if HAS_GPU or len(jax.devices()) < 8:
 
 each_axis_type = parametrize("kind", [AUTO, EXPLICIT], ids=lambda kind: kind.name)
 each_check = parametrize("check", [True, False], ids=["checked", "unchecked"])
-QKV = (0, 1, 2)
-
-
-def sum_of_squares(f):
-    """A loss: the sum of the squares of all results of f."""
-    return lambda *args: sum((x.astype(jnp.float32) ** 2).sum() for x in jax.tree.leaves(f(*args)))
-
-
-gradients_of = lambda f, operands=QKV: jax.jit(jax.grad(sum_of_squares(f), operands))
 
 
 def of_layer_1(q, k, v, *state, **kwargs):
@@ -1656,30 +1681,7 @@ def test_nested_shard_maps(precise, is_set, axis):
         assert_close(gradients, whole(q, k, v), 1e-5)
 
 
-@parametrize("packed", [False, True], ids=["batch", "packed"])
-def test_strict_promotion(packed):
-    """What `test_ways_of_calling` leaves out."""
-    q, k = jnp.ones((1, 80, 4, 8), "bfloat16"), jnp.ones((1, 80, 2, 8), "bfloat16")
-    s0, layer = jnp.ones((2 if packed else 1, 4, 8, 8), "float16"), jnp.int32(1)
-    pack = dict(cu_seqlens=jnp.array([0, 30, 60])) if packed else {}
-    options = pack | dict(initial_state=s0)
-
-    def loss(q, g):
-        o, s = lightning_attn(q, k, k, g_gamma=g, **options)
-        return o.astype(jnp.float32).sum() + s.sum()
-
-    with strict():
-        gradient = lambda q, g: jax.grad(loss)(q, g).astype(jnp.float32).sum()
-        jax.eval_shape(jax.grad(gradient, (0, 1)), q, -jnp.ones(4))
-        scaled = lambda i, n, scale: lightning_attn(q, k, k, i, n, scale, **options)
-        jax.eval_shape(scaled, layer, layer, jnp.float32(1))
-        jax.eval_shape(lambda q: lightning_attn_reference(q, k, k, 1, 4, **options), q)
-        of_axis = dict(mesh=mesh_of(AUTO, a=1), in_specs=P("a"), out_specs=P("a"))
-        decays = jax.shard_map(lambda i: lightning_g_gamma(4, i.reshape(()), 4), **of_axis)
-        jax.eval_shape(decays, layer[None])
-
-
-# Wrong calls --------------------------------------------------------------------------------------
+# Wrong calls, and arguments of any make -----------------------------------------------------------
 
 
 def wrong_calls():
@@ -1923,7 +1925,7 @@ def test_versions_agree():
     assert kernels == [f"{name}{la._KERNELS[name]}" for name in ("jax-triton", "triton")]
 
 
-# What compiles ------------------------------------------------------------------------------------
+# Huge arrays, and what compiles -------------------------------------------------------------------
 
 
 @wants_triton
@@ -1970,7 +1972,7 @@ def test_offsets_past_2_31(arch, T, H):
     ],
 )
 def test_compiles_and_fits(arch, dtype):
-    """Every configuration that can be chosen compiles, fits shared memory, and hardly spills.
+    """Launches compile, fit shared memory, and hardly spill.
 
     The launches are those of long sequences, with their gradients for some head dims, and those of
     a decode step.
@@ -2365,7 +2367,7 @@ def emulated(path):
     module.SEGMENT = 96  # emulation is slow: short sequences have segments too
     module.GROUP = la.GROUP
     module._in_place = lambda call, arrays: call(*arrays, in_place=True)
-    # An output may be its input or another array. Each path takes one way.
+    # an output in place may be its input or another array: both ways are run
     call = functools.partial(emulated_call, module, path == "triton")
     TensorDescriptor = la.jax_triton.TensorDescriptor
     module.jax_triton = types.SimpleNamespace(triton_call=call, TensorDescriptor=TensorDescriptor)
