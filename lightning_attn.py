@@ -454,11 +454,11 @@ _RESULT_DIMS = "b t h v", "b n h k v", "b t h k"  # o, s, o2
 def _sizes(x):
     """B, T, H, K, V and n of the operands x."""
     n = 1 if x.cu_seqlens is None else x.cu_seqlens.shape[1] - 1
-    B = _shared(a.shape[0] for a in jax.tree.leaves(x))
+    B = _common_size(a.shape[0] for a in jax.tree.leaves(x))
     return B, x.q.shape[1], x.g.shape[1], x.q.shape[3], x.v.shape[3], n
 
 
-def _shared(sizes):
+def _common_size(sizes):
     """The size other than 1 that the sizes agree on, or 1."""
     return next((size for size in sizes if size != 1), 1)
 
@@ -1858,12 +1858,12 @@ class _Dims(NamedTuple):
 def _dims(x, results):
     rows = [*(f"vmap{i}" for i in range(x.g.ndim - 2)), "b"]
     sizes = zip(*(a.shape[: len(rows)] for a in jax.tree.leaves(x)))
-    sizes = dict(zip(rows, map(_shared, sizes)), h=x.g.shape[-1])
+    sizes = dict(zip(rows, map(_common_size, sizes)), h=x.g.shape[-1])
     whole = map("whole{}".format, itertools.count())
 
     def name(dim, size):
-        shared = dim == "h" and size > 1
-        return dim if size == sizes.get(dim) else "shared" if shared else next(whole)
+        is_shared = dim == "h" and size > 1
+        return dim if size == sizes.get(dim) else "shared" if is_shared else next(whole)
 
     def names(dims, a):
         return None if a is None else list(map(name, rows[:-1] + dims.split(), a.shape))
@@ -1873,7 +1873,7 @@ def _dims(x, results):
     return _Dims(rows, operands, results, sizes["h"], shared_heads)
 
 
-def _partition(op, dims, _mesh, operands, results):
+def _partition(op, dims, _mesh, _operands, results):
     """How one device scans its part: mesh, function, shardings of the results and the operands."""
     # Dims of the same name are split alike. So one array that has all of these dims tells how all
     # arrays are split. Each result has them.
@@ -1961,12 +1961,12 @@ def _axes(parts):
 def _dispatch(op, x):
     """Triton or plain JAX, chosen when the computation is lowered unless `op.backend` names one."""
     leaves, front = jax.tree.leaves(x), x.q.ndim - 3  # dims of vmap and the batch
-    rows = [_shared(sizes) for sizes in zip(*(a.shape[:front] for a in leaves))]
+    rows = [_common_size(sizes) for sizes in zip(*(a.shape[:front] for a in leaves))]
 
     def fold(a):
         shape = a.shape[front:]
-        shared = _shared(a.shape[:front]) == 1
-        return (a if shared else jnp.broadcast_to(a, (*rows, *shape))).reshape(-1, *shape)
+        one_row = _common_size(a.shape[:front]) == 1
+        return (a if one_row else jnp.broadcast_to(a, (*rows, *shape))).reshape(-1, *shape)
 
     def run(scan, *leaves):
         folded = jax.tree.unflatten(jax.tree.structure(x), leaves)
@@ -2190,7 +2190,7 @@ def _boundaries(cu_seqlens, q):
     if isinstance(cu_seqlens, (list, tuple)):
         listed = [_scalar("cu_seqlens", x) for x in cu_seqlens]
         traced = not all(isinstance(x, int) for x in listed)
-        cu_seqlens = jnp.array(listed) if traced else np.array(listed)
+        cu_seqlens = jnp.array(listed) if traced else np.array(listed, None if listed else int)
     # Its values are read before they become int32, which would wrap large ones.
     array = _array("cu_seqlens", cu_seqlens, ("num_seqs + 1",), jnp.integer)
     if B != 1:

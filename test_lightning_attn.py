@@ -1752,7 +1752,7 @@ def wrong_calls():
             (np.zeros((2, 2), "int32"), V, "shape [num_seqs + 1], got (2, 2)"),
             (cu(0, 8, dtype="float32"), T, "integers, got float32"),
             ([0, [1, 8]], T, "an integer, got [1, 8]"), ([0, 2**70], T, "integers, got object"),
-            (cu(0), V, "at least 2 boundaries, got 1"),
+            (cu(0), V, "at least 2 boundaries, got 1"), ([], V, "at least 2 boundaries, got 0"),
             (cu(3, 5), V, "boundaries that start at 0, got [3 5]"),
             (cu(0, 5, 3), V, "boundaries that do not decrease, got [0 5 3]"),
             (cu(0, 9), V, "boundaries up to seq_len, 8, got 9"),
