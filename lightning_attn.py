@@ -701,7 +701,7 @@ _attend = jax.jit(_forward, static_argnums=0)
 def _two_scans(scan, op, x):
     """A fused scan as two. If K = V, the states of their splits are equal launches, of which XLA
     makes one."""
-    # B is read off the operands: with g in B rows, the scan without q and that without q2 have B
+    # Both scans have B rows. B is read off the operands, so g gets B rows if q or q2 has one row.
     B, _, H, *_ = _sizes(x)
     same_rows = x.q.shape[0] == x.q2.shape[0]
     x = x if same_rows else x._replace(g=jnp.broadcast_to(x.g, (B, H)))
@@ -1902,6 +1902,7 @@ def _partition(op, dims, _mesh, _operands, results):
 
     def select(a, named, indices):
         """One head of an operand for each `size` heads of this device, which read that head."""
+        # one shared head, or shared heads with all heads of their groups: a scan reads them as is
         if "shared" not in (named or ()) or shared_heads in (1, heads // group):
             return a
         return jnp.take(a, indices[::size] // group % shared_heads, axis=-2, mode="clip")
@@ -1949,7 +1950,7 @@ def _axes(parts):
     while stride < len(parts):
         step, k = parts[stride], np.arange(len(parts) // stride)
         regular = (parts[k * stride] == k[:, None] * step).all(1)
-        # the size is the number of equal steps that follow one another; 2 or more, to get on
+        # the size is the number of equal steps that follow one another; at least 2 ends the loop
         axes.insert(0, (max(2, int(np.argmin([*regular, False]))), step))
         stride *= axes[0][0]
     sizes, steps = zip(*axes)
